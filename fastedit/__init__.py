@@ -1,0 +1,70 @@
+"""fastedit: fast knowledge editing for causal language models.
+
+>>> import fastedit
+>>> editor = fastedit.editor("memit", model, tokenizer)                      # doctest: +SKIP
+>>> edit = editor.edit([fastedit.Fact("The capital of {} is", "France", "Lyon")])  # doctest: +SKIP
+>>> edit.revert()                                                            # doctest: +SKIP
+
+Importing the package starts no CUDA context, compiles nothing, downloads nothing and does not import
+transformers; subpackages load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch as _torch  # noqa: F401  first, so that its OpenMP runtime is the one in use
+
+from ._version import __version__
+from .errors import (
+    BackendUnavailable,
+    BaseMismatch,
+    CorruptFile,
+    FasteditError,
+    InvalidFact,
+    NumericalError,
+    UnsupportedModel,
+)
+from .facts import Fact
+
+if TYPE_CHECKING:
+    from .artefacts import Edit, load_edit
+    from .editors import editor
+    from .ops.backend import use_backend
+
+_LAZY = {
+    "Edit": ".artefacts",
+    "load_edit": ".artefacts",
+    "editor": ".editors",
+    "use_backend": ".ops.backend",
+}
+_SUBPACKAGES = ("artefacts", "data", "demo", "editors", "evaluation", "kernels", "models", "ops", "stats")
+
+__all__ = [
+    "BackendUnavailable",
+    "BaseMismatch",
+    "CorruptFile",
+    "Edit",
+    "Fact",
+    "FasteditError",
+    "InvalidFact",
+    "NumericalError",
+    "UnsupportedModel",
+    "__version__",
+    "editor",
+    "load_edit",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'fastedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})

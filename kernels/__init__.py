@@ -1,0 +1,1 @@
+"""Triton kernels, one file per hot path; imported as ``fastedit.kernels``."""
