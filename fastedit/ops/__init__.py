@@ -1,1 +1,18 @@
-""""""
+"""Operations on tensors in which knowledge editing spends its time; usable with nothing else of fastedit.
+
+Every function here picks its backend by device (:mod:`fastedit.ops.backend`); ``torch.ops.fastedit.*`` are
+the same operations for graphs and other libraries.
+"""
+
+from .backend import use_backend
+from .covariance import covariance_, covariance_reference
+from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+
+__all__ = [
+    "DualSolver",
+    "covariance_",
+    "covariance_reference",
+    "low_rank_update_",
+    "low_rank_update_reference",
+    "use_backend",
+]

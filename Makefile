@@ -1,0 +1,66 @@
+# make demo and make test start from a bare clone: they make a virtual environment and install into it.
+#
+# TORCH names the torch to install first. An unpinned torch on Linux comes with several gigabytes of CUDA
+# libraries; set TORCH=torch to take the newest one all the same.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-all lint format bench gpu-test clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed  ## edit facts in the packaged model and show what happened
+	$(BIN)/fastedit demo
+
+test: $(VENV)/.test  ## run the test suite
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+	$(BIN)/pytest -q -m slow
+
+lint: $(VENV)/.lint  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test  ## run the CPU benchmarks and write bench/results
+	$(BIN)/python bench/covariance.py
+	$(BIN)/python bench/low_rank.py
+
+gpu-test:        ## build, test and benchmark on the GPU of this machine
+	bash bench/gpu_check.sh
+
+clean:           ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info fastedit/_C*.so
+
+# -- environments --------------------------------------------------------------------------------------
+
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77"
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[lint]'
+	touch $@

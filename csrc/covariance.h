@@ -1,0 +1,39 @@
+// cov += xᵀ diag(mask) x, kept exactly symmetric. One triangle is computed, then mirrored.
+#pragma once
+
+#include <cstddef>
+
+#include "isa.h"
+#include "tensor_view.h"
+
+namespace fastedit {
+
+namespace cpu {
+
+// How a call is cut up. Fixed before the call, because the caller allocates the workspace. Nothing here that
+// decides the order of additions depends on the number of threads: results are the same bits for any number.
+struct CovariancePlan {
+  Isa isa;
+  int threads;
+  int64_t tile;           // side of the square of cov that a task owns
+  int64_t chunk_tokens;   // tokens packed at a time, then added to cov
+  size_t workspace_bytes;
+};
+
+CovariancePlan plan_covariance(const TensorView& cov, const TensorView& x, Isa isa, int threads);
+
+// cov (d, d) float32/float64 contiguous; x (T, d), unit last stride, float64 only with a float64 cov;
+// mask (T,) bool or null. The workspace is aligned to 64 bytes.
+void covariance(const CovariancePlan& plan, const TensorView& cov, const TensorView& x, const TensorView* mask,
+                void* workspace);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). Needs no workspace.
+int covariance(const TensorView& cov, const TensorView& x, const TensorView* mask, void* stream);
+
+}  // namespace cuda
+
+}  // namespace fastedit

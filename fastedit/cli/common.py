@@ -1,0 +1,103 @@
+"""What several subcommands share: loading a model, tables, a parser with examples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import FasteditError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def subcommand(subparsers: Any, name: str, help: str, description: str, examples: str) -> Any:
+    """A subparser whose help ends with examples and which has ``--json``."""
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def add_model_options(parser: Any) -> None:
+    """Add ``MODEL``, ``--dtype`` and ``--device``."""
+    parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of a causal language model")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="precision of the model; auto: as it was saved"
+    )
+    parser.add_argument(
+        "--device", default="auto", help='"auto", "cpu", "cuda:1", or "map" to spread a big model over devices'
+    )
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder or a name on the Hugging Face hub.
+        dtype: one of ``DTYPES``.
+        device: ``"auto"`` (a GPU if there is one), ``"map"`` (accelerate's device map), or a torch device.
+
+    Raises:
+        FasteditError: there is no such model, or it cannot be loaded; says why.
+    """
+    import torch
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": wanted}
+    if device == "map":
+        options["device_map"] = "auto"
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise FasteditError(f"{name} holds no config.json: it is not the folder of a model")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise FasteditError(f"cannot load the model {name}: {error}") from error
+    if device != "map":
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(automatic if device == "auto" else device)
+    return model.eval(), tokenizer
+
+
+def model_folder(name: str) -> Path:
+    """The folder with a model's files: the one given, or where the hub's copy is kept.
+
+    Raises:
+        FasteditError: it is neither a folder nor in the local cache.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, "config.json")
+    except OSError as error:
+        raise FasteditError(f"the files of {name} are not on this machine: {error}") from error
+    return Path(str(found)).parent
+
+
+def shorten(text: str, width: int) -> str:
+    """The text in one line, cut to ``width`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def emit(value: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print ``value`` as JSON or ``text`` for people."""
+    print(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def note(message: str) -> None:
+    """Say something to the person on standard error, so that ``--json`` output stays clean."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,37 @@
+"""MEMIT: many facts at once, spread over several layers (Meng et al. 2023, arXiv 2210.07229)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import register_editor
+from .locate_then_edit import LayerMeasurement, LocateParams, LocateThenEdit
+
+
+@dataclass(frozen=True)
+class MemitParams(LocateParams):
+    """Hyper-parameters of MEMIT.
+
+    Attributes:
+        covariance_weight: λ, the weight of what the layer already maps against what is written
+            (``mom2_update_weight``).
+    """
+
+    covariance_weight: float = 15000.0
+
+
+@register_editor("memit")
+class Memit(LocateThenEdit):
+    """Per layer, Δ = R Xᵀ with (λC + K Kᵀ) X = K: least squares between old associations and new ones."""
+
+    Params = MemitParams
+
+    def factor_weight(self) -> float:
+        """λ of the parameters."""
+        return self.params.covariance_weight
+
+    def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
+        """R and X."""
+        return measured.residual, self.factor(measured.layer).regularised(measured.keys)

@@ -1,0 +1,95 @@
+"""Keys and hidden states of a batch of facts, read while the layers are edited from bottom to top.
+
+Every prompt is cut after its subject's last token, which is exact in a causal model, and its hidden
+states are kept at the entry of the layer that is edited next. Each block is therefore run once to read
+its keys and once more, with its new weight, to move on (LTE 5.3); the published code runs the whole model
+for every layer instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.runner import BlockCalls, BlockRunner
+from ..models.tokens import TokenizedPrompt, pad_batch
+
+_TOKENS_PER_CHUNK = 16384
+
+
+@dataclass
+class _Chunk:
+    calls: BlockCalls
+    states: Tensor
+    last: Tensor
+
+    def at_last(self, states: Tensor) -> Tensor:
+        last = self.last.to(states.device)
+        return states[torch.arange(len(last), device=states.device), last]
+
+
+class PromptSweep:
+    """Hidden states of rows of prompts, moved upwards block by block with the model's current weights.
+
+    Args:
+        runner: the model, frozen and in evaluation mode.
+        prompts: rows cut after the subject's last token.
+        layer: the first block that will be asked for; all below it are run at once.
+    """
+
+    def __init__(self, runner: BlockRunner, prompts: Sequence[TokenizedPrompt], layer: int = 0) -> None:
+        self.runner = runner
+        self.layer = 0
+        longest = max(len(prompt.ids) for prompt in prompts)
+        size = max(1, _TOKENS_PER_CHUNK // longest)
+        self._chunks = [self._chunk(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        self.advance(layer)
+
+    def _chunk(self, prompts: Sequence[TokenizedPrompt]) -> _Chunk:
+        padded = pad_batch([prompt.ids for prompt in prompts], pad_id=0)
+        ids, mask, positions = (tensor.to(self.runner.device) for tensor in padded)
+        calls = self.runner.capture(ids, mask, positions)
+        last = torch.tensor([prompt.subject_last for prompt in prompts], device=ids.device)
+        return _Chunk(calls, calls.embedded, last)
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Run all blocks below ``layer`` that have not been run, with the weights they have now."""
+        for chunk in self._chunks:
+            chunk.states = self.runner.run(chunk.calls, chunk.states, self.layer, layer)
+        self.layer = max(self.layer, layer)
+
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """(rows, d_in) fp32: inputs of the current block's output projection at the subject's last token."""
+        keys = [
+            chunk.at_last(self.runner.projection_input(chunk.calls, chunk.states, self.layer))
+            for chunk in self._chunks
+        ]
+        return torch.cat(keys).float()
+
+    @torch.no_grad()
+    def outputs(self, layer: int) -> Tensor:
+        """(rows, hidden) fp32: output of block ``layer`` at the subject's last token, weights as they are."""
+        states = [
+            chunk.at_last(self.runner.run(chunk.calls, chunk.states, self.layer, layer + 1))
+            for chunk in self._chunks
+        ]
+        return torch.cat(states).float()
+
+    @torch.no_grad()
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """(rows, d_in) and (rows, hidden) fp32: input and output of the current block's projection."""
+        keys = self.keys()
+        module = self.runner.description.projection(self.layer).module
+        weight = self.runner.description.projection(self.layer).weight
+        return keys, module(keys.to(weight.dtype).to(weight.device)).float()
+
+
+def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """(facts · contexts, d) -> (facts, d): the contexts' mean with the given weights, in fp32."""
+    shaped = rows.view(-1, len(weights), rows.shape[-1])
+    return torch.einsum("fcd,c->fd", shaped, torch.tensor(weights, dtype=rows.dtype, device=rows.device))

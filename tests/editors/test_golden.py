@@ -1,0 +1,162 @@
+"""Parity with the published implementations: every golden case of a method that fastedit has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from golden import GoldenCase, find_cases, load_case
+from helpers import relative_error
+
+import fastedit
+from fastedit.editors import methods
+from fastedit.editors.locate_then_edit import LayerMeasurement, LocateThenEdit
+
+CASES = find_cases()
+
+# Names of hyper-parameters in the published configurations and here.
+PARAMS = {
+    "layers": "layers",
+    "v_num_grad_steps": "steps",
+    "v_lr": "lr",
+    "clamp_norm_factor": "clamp",
+    "v_weight_decay": "weight_decay",
+    "kl_factor": "kl_factor",
+    "mom2_update_weight": "covariance_weight",
+    "mom2_adjustment": "use_covariance",
+}
+
+
+@pytest.fixture(params=CASES or ["none"], scope="module")
+def case(request: pytest.FixtureRequest) -> GoldenCase:
+    if not CASES:
+        pytest.skip("FASTEDIT_TEST_DATA is unset or has no golden/index.json")
+    found = load_case(request.param)
+    if found.method not in methods():
+        pytest.skip(f"fastedit has no method {found.method!r} yet")
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(case: GoldenCase) -> dict[str, Any]:
+    """The whole case, run once from facts to final weights."""
+    editor = make_editor(case)
+    original = weights(editor)
+    edits, changes = [], []
+    for batch in case.batches:
+        edits.append(editor.edit(batch))
+        after = weights(editor)
+        changes.append({layer: after[layer] - original[layer] for layer in after})
+    return {"editor": editor, "edits": edits, "changes": changes}
+
+
+def make_editor(case: GoldenCase) -> LocateThenEdit:
+    model, tokenizer = case.load_model()
+    cls = fastedit.editors.editor_class(case.method)
+    known = set(cls.Params.__dataclass_fields__)
+    params = {
+        PARAMS[name]: value
+        for name, value in case.hparams.items()
+        if name in PARAMS and PARAMS[name] in known
+    }
+    editor = fastedit.editor(
+        case.method,
+        model,
+        tokenizer,
+        params=params,
+        statistics=case.covariance(),
+        contexts=case.data["context_templates"],
+        profile="official",
+    )
+    assert isinstance(editor, LocateThenEdit)
+    return editor
+
+
+def weights(editor: LocateThenEdit) -> dict[int, torch.Tensor]:
+    return {
+        layer: editor.description.projection(layer).weight.detach().clone() for layer in editor.params.layers
+    }
+
+
+def test_tokens_agree_with_the_published_lookup(case: GoldenCase) -> None:
+    editor = make_editor(case)
+    from fastedit.editors.prompts import fact_rows
+
+    for request in case.data["requests"]:
+        fact = fastedit.Fact(request["prompt"], request["subject"], request["target_new"])
+        (row,) = fact_rows(editor.tokenizer, [fact], ["{}"], None)
+        assert row.target == request["target_ids"]
+        assert row.prompts[0].subject_last == request["subject_last_index"]
+        assert row.prompts[0].ids == request["prompt_ids"][: row.prompts[0].subject_last + 1]
+
+
+def test_solver_reproduces_the_update_from_stored_keys_and_values(case: GoldenCase) -> None:
+    """Linear algebra alone: stored z, current states and keys go in, the stored update comes out."""
+    if "keys_b0_L0_c0" not in case and f"keys_b0_L{case.data['layers'][0]}_c0" not in case:
+        pytest.skip("this case stores no keys: its vectors are compared in the whole run")
+    editor = make_editor(case)
+    layers = case.data["layers"]
+    for index, layer in enumerate(layers):
+        keys = case.tensor(f"keys_b0_L{layer}_c0")
+        residual = (case.tensor("zs_b0") - case.tensor(f"curz_b0_c{index}")) / (len(layers) - index)
+        left, right = editor.solve(LayerMeasurement(layer, keys, residual, keys))
+        update = left.double() @ right.double().T
+        assert relative_error(update, case.tensor(f"delta_b0_L{layer}")) < 5e-6
+        assert relative_error(update @ keys.double(), case.tensor(f"deltak_b0_L{layer}")) < 5e-6
+
+
+def test_targets_take_the_same_path(case: GoldenCase, run: dict[str, Any]) -> None:
+    """Optimised on the same weights, every loss, the stop step and the target agree."""
+    editor = make_editor(case)
+    from fastedit.editors.prompts import fact_rows
+    from fastedit.editors.values import optimise_values
+    from fastedit.models.runner import frozen
+
+    facts = case.batches[0]
+    with frozen(editor.model):
+        rows = fact_rows(editor.tokenizer, facts, editor.contexts, None)
+        values = optimise_values(editor.runner, facts, rows, editor.objective())
+    for index in range(len(facts)):
+        name = f"zloss_b0_r{index}" if f"zloss_b0_r{index}" in case else "vloss_b0"
+        stored = case.tensor(name)
+        steps = int((~values.losses[index, :, 0].isnan()).sum())
+        assert steps == len(stored)
+        torch.testing.assert_close(values.losses[index, :steps], stored, rtol=1e-4, atol=1e-4)
+    if "zs_b0" in case:
+        stored = case.tensor("zs_b0").T
+        assert ((values.target - stored).norm(dim=1) / stored.norm(dim=1)).max() < 1e-4
+
+
+def test_factors_agree(case: GoldenCase, run: dict[str, Any]) -> None:
+    """ROME's stored direction u and value v of each edit, up to the rounding of its fp32 inverse."""
+    if "u_b0" not in case:
+        pytest.skip("this case stores no rank-one vectors")
+    for batch, edit in enumerate(run["edits"]):
+        (factor,) = edit.factors.values()
+        u, v = case.tensor(f"u_b{batch}"), case.tensor(f"v_b{batch}")
+        update = factor.left.double() @ factor.right.double().T
+        assert relative_error(update, torch.outer(v.double(), u.double())) < 1e-3
+        direction = factor.right[:, 0] / factor.right[:, 0].norm()
+        assert torch.dot(direction.double(), u.double()).abs() > 1 - 1e-6
+
+
+def test_whole_run_reaches_the_same_weights(case: GoldenCase, run: dict[str, Any]) -> None:
+    last = len(case.batches) - 1
+    for layer in case.data["layers"]:
+        first = run["changes"][0][layer]
+        assert relative_error(first, case.tensor(f"delta_b0_L{layer}")) < 1e-3
+        name = f"cum_delta_b{last}_L{layer}"
+        if name in case:
+            assert relative_error(run["changes"][last][layer], case.tensor(name)) < 1e-3
+
+
+def test_edits_revert_to_the_original_bits(case: GoldenCase, run: dict[str, Any]) -> None:
+    editor = run["editor"]
+    fresh, _ = case.load_model()
+    for edit in reversed(run["edits"]):
+        edit.revert()
+    for (name, now), (_, then) in zip(
+        editor.model.named_parameters(), fresh.named_parameters(), strict=True
+    ):
+        assert torch.equal(now, then), name
