@@ -133,9 +133,9 @@ void require_same_device(const char* name, const TensorView& view, const TensorV
 
 bool is_half_or_float(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16 || dtype == DType::f32; }
 
-Isa isa_of(const py::object& name) {
+Isa isa_of(const py::object& name, Isa preferred) {
+  if (name.is_none()) return preferred;
   const Isa best = best_isa();
-  if (name.is_none()) return best;
   const auto text = name.cast<std::string>();
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
     if (text == name_of(isa)) {
@@ -233,7 +233,7 @@ void covariance(py::handle cov_object, py::handle x_object, py::handle mask_obje
   if (cov.device == DeviceKind::cuda)
     return covariance_cuda(cov, x, has_mask ? &mask : nullptr,
                            stream_for(cov_object, cov.device_index, use_dlpack));
-  const Isa isa = isa_of(isa_name);
+  const Isa isa = isa_of(isa_name, cpu::covariance_isa(x.dtype));
   py::gil_scoped_release release;
   const cpu::CovariancePlan plan = cpu::plan_covariance(cov, x, isa, max_threads());
   const Scratch scratch(plan.workspace_bytes);
@@ -279,7 +279,7 @@ void low_rank_update(py::handle weight_object, py::handle left_object, py::handl
   if (weight.device == DeviceKind::cuda)
     return low_rank_cuda(weight, left, right, options, has_norm ? &out_norm : nullptr,
                          stream_for(weight_object, weight.device_index, use_dlpack));
-  const Isa isa = isa_of(isa_name);
+  const Isa isa = isa_of(isa_name, best_isa());
   py::gil_scoped_release release;
   const cpu::LowRankPlan plan = cpu::plan_low_rank(weight, left, isa, max_threads());
   const Scratch scratch(plan.workspace_bytes);

@@ -20,6 +20,9 @@ struct CovariancePlan {
   size_t workspace_bytes;
 };
 
+// The instruction set that is fastest for tokens of this type, of those that the machine has.
+Isa covariance_isa(DType x);
+
 CovariancePlan plan_covariance(const TensorView& cov, const TensorView& x, Isa isa, int threads);
 
 // cov (d, d) float32/float64 contiguous; x (T, d), unit last stride, float64 only with a float64 cov;

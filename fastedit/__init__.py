@@ -14,10 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import torch as _torch  # noqa: F401  first, so that its OpenMP runtime is the one in use
+DISTRIBUTION = "fastedit-llm"  # what makes this package ours; see _identity.py
 
-from ._version import __version__
-from .errors import (
+import torch as _torch  # noqa: E402, F401  first, so that its OpenMP runtime is the one in use
+
+from ._version import __version__  # noqa: E402
+from .errors import (  # noqa: E402
     BackendUnavailable,
     BaseMismatch,
     CorruptFile,
@@ -26,7 +28,7 @@ from .errors import (
     NumericalError,
     UnsupportedModel,
 )
-from .facts import Fact
+from .facts import Fact  # noqa: E402
 
 if TYPE_CHECKING:
     from .artefacts import Edit, load_edit

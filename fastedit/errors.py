@@ -1,5 +1,7 @@
 """The exceptions of fastedit. Every message says what was expected, what came, and what to do."""
 
+from . import _identity  # noqa: F401  refuses to run inside another package of the same name
+
 
 class FasteditError(Exception):
     """Base class of all errors that fastedit raises on purpose."""

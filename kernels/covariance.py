@@ -71,7 +71,7 @@ def _covariance_kernel(
 
 
 # (architecture, bytes of an element of x, size class) -> tile, tokens a step, warps, pipeline stages.
-# A "small" problem has too few large tiles to fill a GPU, or a float64 cov, which takes more registers. Chosen
+# A "small" problem has too few large tiles to fill a GPU, or a float64 cov, which takes registers. Chosen
 # for no spills and for shared memory with Triton 3.6 and 3.9 (tests/compile/test_triton.py), not by timing.
 _CONFIG = {
     (0, 2, "small"): (32, 32, 1, 1),

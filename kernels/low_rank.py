@@ -32,7 +32,7 @@ def _low_rank_kernel(
     """One program: one BLOCK_ROWS × BLOCK_COLS tile of W as stored, (N_ROWS, N_COLS).
 
     The product of the float32 factors rows (N_ROWS, R) and cols (N_COLS, R) is summed in float32 over steps
-    of BLOCK_R: with SPLIT from bfloat16 halves, high · high + high · low + low · high, good to 2^-16, which is
+    of BLOCK_R: with SPLIT from bfloat16 halves, high · high + high · low + low · high, good to 2^-16, that is
     under a hundredth of half a unit of a bfloat16 weight; without it from TF32x3, good to float32.
 
     COUNT_DOWN: elements count down the columns for the random words (the weight is stored transposed).
@@ -79,7 +79,7 @@ def _low_rank_kernel(
     tl.store(ptrs, out, mask=inside)
 
 
-# (architecture, bfloat16 weight) -> rows and columns of a tile, step in rank, warps, pipeline stages. Chosen for
+# (architecture, bfloat16 weight) -> rows and columns of a tile, step in rank, warps, stages. Chosen for
 # no spills and 16-byte accesses with Triton 3.6 and 3.9 (tests/compile/test_triton.py), not by timing.
 _CONFIG = {
     (0, True): (32, 32, 16, 1, 1),

@@ -24,14 +24,15 @@ namespace fastedit::cpu {
 namespace {
 
 constexpr int64_t panel_width = 32;
+constexpr int64_t block_size = panel_width * panel_width;
 constexpr int64_t max_chunk_tokens = 2048;
 constexpr int64_t packing_bytes = int64_t(64) << 20;  // upper bound of the packed chunk, unless a slice is larger
 constexpr int64_t pack_group = 16;                     // steps that a task packs: whole rows, read once
 
-// --- Blocks: c (32, 32) += aᵀ b, where a and b are panels of `steps` steps ---------------------------------------
+// --- Blocks: c (32, 32), contiguous, += aᵀ b, where a and b are panels of `steps` steps ---------------------------------------
 
 template <class Word, class Acc>
-FASTEDIT_INLINE void block_generic(const Word* a, const Word* b, int64_t steps, Acc* c, int64_t ldc) {
+FASTEDIT_INLINE void block_generic(const Word* a, const Word* b, int64_t steps, Acc* c) {
   constexpr int rows = 4, columns = 8;
   for (int i = 0; i < panel_width; i += rows)
     for (int j = 0; j < panel_width; j += columns) {
@@ -41,13 +42,13 @@ FASTEDIT_INLINE void block_generic(const Word* a, const Word* b, int64_t steps, 
           for (int q = 0; q < columns; ++q)
             sum[r][q] += a[k * panel_width + i + r] * b[k * panel_width + j + q];
       for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < columns; ++q) c[(i + r) * ldc + j + q] += Acc(sum[r][q]);
+        for (int q = 0; q < columns; ++q) c[(i + r) * panel_width + j + q] += Acc(sum[r][q]);
     }
 }
 
 template <class Word, class Acc>
-void block_scalar(const void* a, const void* b, int64_t steps, Acc* c, int64_t ldc) {
-  block_generic(static_cast<const Word*>(a), static_cast<const Word*>(b), steps, c, ldc);
+void block_scalar(const void* a, const void* b, int64_t steps, Acc* c) {
+  block_generic(static_cast<const Word*>(a), static_cast<const Word*>(b), steps, c);
 }
 
 #if defined(__x86_64__)
@@ -76,7 +77,7 @@ FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(double* c, __m512 v) {
 
 // 4x16 register tile: 8 accumulators hide the latency of two multiply-adds a cycle.
 template <class Acc>
-FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, int64_t ldc) {
+FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
   constexpr int rows = 4;
   for (int j = 0; j < panel_width; j += 16)
     for (int i = 0; i < panel_width; i += rows) {
@@ -93,14 +94,14 @@ FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t 
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * ldc + j, sum[r][0]);
-        add_to(c + (i + r) * ldc + j + 8, sum[r][1]);
+        add_to(c + (i + r) * panel_width + j, sum[r][0]);
+        add_to(c + (i + r) * panel_width + j + 8, sum[r][1]);
       }
     }
 }
 
 template <class Acc>
-FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, int64_t ldc) {
+FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
   constexpr int rows = 4;
   for (int j = 0; j < panel_width; j += 8)
     for (int i = 0; i < panel_width; i += rows) {
@@ -117,15 +118,15 @@ FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int6
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * ldc + j, sum[r][0]);
-        add_to(c + (i + r) * ldc + j + 4, sum[r][1]);
+        add_to(c + (i + r) * panel_width + j, sum[r][0]);
+        add_to(c + (i + r) * panel_width + j + 4, sum[r][1]);
       }
     }
 }
 
 // 8x32 register tile: 16 accumulators, two vectors of b and one broadcast word of a.
 template <class Acc>
-FASTEDIT_AVX512 void block_avx512(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, int64_t ldc) {
+FASTEDIT_AVX512 void block_avx512(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
   constexpr int rows = 8;
   for (int i = 0; i < panel_width; i += rows) {
     const float* a = static_cast<const float*>(a_panel) + i;
@@ -141,14 +142,14 @@ FASTEDIT_AVX512 void block_avx512(const void* a_panel, const void* b_panel, int6
       }
     }
     for (int r = 0; r < rows; ++r) {
-      add_to(c + (i + r) * ldc, sum[r][0]);
-      add_to(c + (i + r) * ldc + 16, sum[r][1]);
+      add_to(c + (i + r) * panel_width, sum[r][0]);
+      add_to(c + (i + r) * panel_width + 16, sum[r][1]);
     }
   }
 }
 
 template <class Acc>
-FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, int64_t ldc) {
+FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
   constexpr int rows = 8;
   for (int j = 0; j < panel_width; j += 16)
     for (int i = 0; i < panel_width; i += rows) {
@@ -165,16 +166,15 @@ FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, 
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * ldc + j, sum[r][0]);
-        add_to(c + (i + r) * ldc + j + 8, sum[r][1]);
+        add_to(c + (i + r) * panel_width + j, sum[r][0]);
+        add_to(c + (i + r) * panel_width + j + 8, sum[r][1]);
       }
     }
 }
 
 // As block_avx512, two tokens a step.
 template <class Acc>
-FASTEDIT_AVX512_BF16 void block_avx512_bf16(const void* a_panel, const void* b_panel, int64_t steps, Acc* c,
-                                            int64_t ldc) {
+FASTEDIT_AVX512_BF16 void block_avx512_bf16(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
   constexpr int rows = 8;
   for (int i = 0; i < panel_width; i += rows) {
     const uint32_t* a = static_cast<const uint32_t*>(a_panel) + i;
@@ -190,8 +190,8 @@ FASTEDIT_AVX512_BF16 void block_avx512_bf16(const void* a_panel, const void* b_p
       }
     }
     for (int r = 0; r < rows; ++r) {
-      add_to(c + (i + r) * ldc, sum[r][0]);
-      add_to(c + (i + r) * ldc + 16, sum[r][1]);
+      add_to(c + (i + r) * panel_width, sum[r][0]);
+      add_to(c + (i + r) * panel_width + 16, sum[r][1]);
     }
   }
 }
@@ -293,7 +293,7 @@ FASTEDIT_AVX512 void pack_avx512_pairs(const void* first, const void* second, in
 // --- What fits the types and the instruction set ------------------------------------------------------------------
 
 template <class Acc>
-using Block = void (*)(const void* a, const void* b, int64_t steps, Acc* c, int64_t ldc);
+using Block = void (*)(const void* a, const void* b, int64_t steps, Acc* c);
 
 struct Layout {
   int64_t tokens_per_step;
@@ -370,14 +370,21 @@ void pack_chunk(const TensorView& x, const int64_t* tokens, int64_t count, const
     }
 }
 
+// Where block (i, j) of a square lies: blocks are contiguous, since rows a power of two apart would share cache sets.
+int64_t block_offset(int64_t i, int64_t j, int64_t tile) { return (i * (tile / panel_width) + j) * block_size; }
+
 // Adds the accumulated square to the lower triangle of cov.
 template <class Acc>
 void flush_square(const Acc* square, int64_t tile, int64_t row, int64_t column, int64_t d, Acc* cov) {
   for (int64_t r = row; r < std::min(d, row + tile); ++r) {
-    const Acc* from = square + (r - row) * tile;
-    Acc* to = cov + r * d + column;
-    const int64_t n = std::min(tile, r + 1 - column);
-    for (int64_t c = 0; c < n; ++c) to[c] += from[c];
+    const int64_t end = std::min(r + 1, column + tile);
+    for (int64_t c = column; c < end; c += panel_width) {
+      const Acc* from = square + block_offset((r - row) / panel_width, (c - column) / panel_width, tile) +
+                        (r - row) % panel_width * panel_width;
+      Acc* to = cov + r * d + c;
+      const int64_t n = std::min(panel_width, end - c);
+      for (int64_t k = 0; k < n; ++k) to[k] += from[k];
+    }
   }
 }
 
@@ -395,21 +402,9 @@ void multiply_square(const char* packed, int64_t steps, const Layout& layout, Bl
     for (int64_t j = column / panel_width; j < column_end; ++j)
       for (int64_t i = std::max(j, row / panel_width); i < row_end; ++i)
         block(packed + i * panel_bytes, packed + j * panel_bytes, now,
-              square + (i * panel_width - row) * tile + j * panel_width - column, tile);
+              square + block_offset(i - row / panel_width, j - column / panel_width, tile));
   }
   flush_square(square, tile, row, column, d, cov);
-}
-
-// Copies the lower triangle onto the upper one, in squares that fit the first-level cache.
-template <class Acc>
-void mirror(Acc* cov, int64_t d, int threads) {
-  constexpr int64_t side = 32;
-  const int64_t n = ceil_div(d, side);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i; j < n; ++j)  // writes the square (i, j) above the diagonal
-      for (int64_t r = i * side; r < std::min(d, (i + 1) * side); ++r)
-        for (int64_t c = std::max(j * side, r + 1); c < std::min(d, (j + 1) * side); ++c) cov[r * d + c] = cov[c * d + r];
 }
 
 // Row and column of the k-th square of the lower triangle, row by row.
@@ -417,6 +412,25 @@ void triangle_position(int64_t k, int64_t& row, int64_t& column) {
   row = 0;
   while ((row + 1) * (row + 2) / 2 <= k) ++row;
   column = k - row * (row + 1) / 2;
+}
+
+// Copies the lower triangle onto the upper one. Squares are transposed in a small buffer, so that cov is read and
+// written in runs: its rows, too, may share cache sets.
+template <class Acc>
+void mirror(Acc* cov, int64_t d, int threads) {
+  constexpr int64_t side = 128;
+  const int64_t n = ceil_div(d, side);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t k = 0; k < n * (n + 1) / 2; ++k) {
+    Acc buffer[side][side + 1];
+    int64_t i, j;  // reads the square (i, j), writes (j, i)
+    triangle_position(k, i, j);
+    const int64_t rows = std::min(side, d - i * side), columns = std::min(side, d - j * side);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) buffer[c][r] = cov[(i * side + r) * d + j * side + c];
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = i == j ? c + 1 : 0; r < rows; ++r) cov[(j * side + c) * d + i * side + r] = buffer[c][r];
+  }
 }
 
 template <class Acc>
@@ -452,6 +466,17 @@ void covariance_as(const CovariancePlan& plan, const TensorView& cov, const Tens
 }
 
 }  // namespace
+
+Isa covariance_isa(DType x) {
+  const Isa best = best_isa();
+#if defined(__x86_64__)
+  // Intel's cores start an instruction on bfloat16 pairs every second cycle: half the products a cycle of two float
+  // multiply-adds, times two tokens, and packing costs more. AMD's start one a cycle.
+  if (best == Isa::avx512_bf16 && (x != DType::bf16 || !__builtin_cpu_is("amd"))) return Isa::avx512;
+#endif
+  (void)x;
+  return best;
+}
 
 CovariancePlan plan_covariance(const TensorView& cov, const TensorView& x, Isa isa, int threads) {
   const Layout layout = layout_of(x.dtype, isa);

@@ -21,6 +21,8 @@ namespace {
 constexpr int tile_rows = 8;
 constexpr int panel_width = 32;
 constexpr int64_t task_rows = 32;
+constexpr int64_t wide_rank = 128;
+constexpr int64_t prefetch_bytes = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -114,13 +116,15 @@ FASTEDIT_INLINE void multiply_generic(const Real* const* by_row, const Real* pan
 }
 
 template <class Real>
-FASTEDIT_INLINE void scale_row(Real* delta, Real alpha, int n, double* square_sum) {
+FASTEDIT_INLINE void scale_row(Real* delta, Real alpha) {
   for (int c = 0; c < panel_width; ++c) delta[c] *= alpha;
-  if (square_sum) {
-    double sum = 0.0;
-    for (int c = 0; c < n; ++c) sum += double(delta[c]) * double(delta[c]);
-    *square_sum += sum;
-  }
+}
+
+template <class Real>
+FASTEDIT_INLINE void add_squares(const Real* delta, int n, double* square_sum) {
+  double sum = 0.0;
+  for (int c = 0; c < n; ++c) sum += double(delta[c]) * double(delta[c]);
+  *square_sum += sum;
 }
 
 // value = weight + delta, rounded stochastically if asked, so that storing it is exact.
@@ -155,7 +159,8 @@ void tile_scalar(const Tile<Type, float>& t) {
   float delta[tile_rows][panel_width], value[panel_width];
   multiply_generic(t.by_row, t.panel, t.rank, delta);
   for (int r = 0; r < t.n_rows; ++r) {
-    scale_row(delta[r], t.alpha, t.n_columns, t.square_sum);
+    scale_row(delta[r], t.alpha);
+    if (t.square_sum) add_squares(delta[r], t.n_columns, t.square_sum);
     load_generic(Type{}, t.weight + r * t.stride, t.n_columns, value);
     add_row(t, r, delta[r], value);
     store_generic(Type{}, value, t.n_columns, t.weight + r * t.stride);
@@ -166,7 +171,8 @@ FASTEDIT_INLINE void tile_f64_generic(const Tile<F64, double>& t) {
   double delta[tile_rows][panel_width];
   multiply_generic(t.by_row, t.panel, t.rank, delta);
   for (int r = 0; r < t.n_rows; ++r) {
-    scale_row(delta[r], t.alpha, t.n_columns, t.square_sum);
+    scale_row(delta[r], t.alpha);
+    if (t.square_sum) add_squares(delta[r], t.n_columns, t.square_sum);
     for (int c = 0; c < t.n_columns; ++c) t.weight[r * t.stride + c] += delta[r][c];
   }
 }
@@ -227,7 +233,8 @@ FASTEDIT_AVX2 void tile_avx2(const Tile<Type, float>& t) {
   alignas(32) float delta[tile_rows][panel_width], value[panel_width];
   multiply_avx2(t.by_row, t.panel, t.rank, delta);
   for (int r = 0; r < t.n_rows; ++r) {
-    scale_row(delta[r], t.alpha, t.n_columns, t.square_sum);
+    scale_row(delta[r], t.alpha);
+    if (t.square_sum) add_squares(delta[r], t.n_columns, t.square_sum);
     load_avx2(Type{}, t.weight + r * t.stride, t.n_columns, value);
     add_row(t, r, delta[r], value);
     store_avx2(Type{}, value, t.n_columns, t.weight + r * t.stride);
@@ -237,9 +244,8 @@ FASTEDIT_AVX2 void tile_avx2(const Tile<Type, float>& t) {
 FASTEDIT_AVX2 void tile_avx2_f64(const Tile<F64, double>& t) { tile_f64_generic(t); }
 
 // One 8x32 register tile: 16 accumulators.
-FASTEDIT_AVX512 void multiply_avx512(const float* const* by_row, const float* panel, int64_t rank,
-                                     float (*delta)[panel_width]) {
-  __m512 sum[tile_rows][2];
+FASTEDIT_AVX512 FASTEDIT_INLINE void multiply_avx512(const float* const* by_row, const float* panel, int64_t rank,
+                                                     __m512 (*sum)[2]) {
   const float* row[tile_rows];
   for (int r = 0; r < tile_rows; ++r) {
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -253,10 +259,28 @@ FASTEDIT_AVX512 void multiply_avx512(const float* const* by_row, const float* pa
       sum[r][1] = _mm512_fmadd_ps(a, b1, sum[r][1]);
     }
   }
-  for (int r = 0; r < tile_rows; ++r) {
-    _mm512_storeu_ps(delta[r], sum[r][0]);
-    _mm512_storeu_ps(delta[r] + 16, sum[r][1]);
-  }
+}
+
+// 16 weights += delta, rounded to nearest even: what add_row and store do, without leaving the registers.
+FASTEDIT_AVX512 FASTEDIT_INLINE void add_16(F32, float* weight, __m512 delta) {
+  _mm512_storeu_ps(weight, _mm512_add_ps(_mm512_loadu_ps(weight), delta));
+}
+
+FASTEDIT_AVX512 FASTEDIT_INLINE void add_16(BF16, uint16_t* weight, __m512 delta) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+  const __m512 old = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512 value = _mm512_add_ps(old, delta);
+  const __m512i u = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+FASTEDIT_AVX512 FASTEDIT_INLINE void add_16(F16, uint16_t* weight, __m512 delta) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight),
+                      _mm512_cvtps_ph(_mm512_add_ps(_mm512_cvtph_ps(half), delta),
+                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 template <class Type>
@@ -284,10 +308,28 @@ FASTEDIT_AVX512 FASTEDIT_INLINE void store_avx512(F16 type, const float* from, i
 
 template <class Type>
 FASTEDIT_AVX512 void tile_avx512(const Tile<Type, float>& t) {
+  // The rows are far apart in memory: ask for them before computing, and for the columns of a later tile.
+  for (int r = 0; r < t.n_rows; ++r)
+    _mm_prefetch(reinterpret_cast<const char*>(t.weight + r * t.stride) + prefetch_bytes, _MM_HINT_T0);
+  __m512 sum[tile_rows][2];
+  multiply_avx512(t.by_row, t.panel, t.rank, sum);
+  const __m512 alpha = _mm512_set1_ps(t.alpha);
+  for (int r = 0; r < tile_rows; ++r)
+    for (int half = 0; half < 2; ++half) sum[r][half] = _mm512_mul_ps(sum[r][half], alpha);
+  if (t.n_rows == tile_rows && t.n_columns == panel_width && !t.stochastic && !t.square_sum) {
+    for (int r = 0; r < tile_rows; ++r) {
+      add_16(Type{}, t.weight + r * t.stride, sum[r][0]);
+      add_16(Type{}, t.weight + r * t.stride + 16, sum[r][1]);
+    }
+    return;
+  }
   alignas(64) float delta[tile_rows][panel_width], value[panel_width];
-  multiply_avx512(t.by_row, t.panel, t.rank, delta);
+  for (int r = 0; r < tile_rows; ++r) {
+    _mm512_store_ps(delta[r], sum[r][0]);
+    _mm512_store_ps(delta[r] + 16, sum[r][1]);
+  }
   for (int r = 0; r < t.n_rows; ++r) {
-    scale_row(delta[r], t.alpha, t.n_columns, t.square_sum);
+    if (t.square_sum) add_squares(delta[r], t.n_columns, t.square_sum);
     load_avx512(Type{}, t.weight + r * t.stride, t.n_columns, value);
     add_row(t, r, delta[r], value);
     store_avx512(Type{}, value, t.n_columns, t.weight + r * t.stride);
@@ -361,17 +403,22 @@ void low_rank_as(const LowRankPlan& plan, const TensorView& weight, const Tensor
     t.row_step = row_step;
     t.column_step = column_step;
     t.square_sum = out_norm ? &square_sum : nullptr;
-    for (int64_t row = row_start; row < row_end; row += tile_rows) {
+    auto run = [&](int64_t row, int64_t column) {
       t.n_rows = int(std::min<int64_t>(tile_rows, row_end - row));
       for (int r = 0; r < tile_rows; ++r)
         t.by_row[r] = static_cast<const Real*>(by_row.data) + (row + std::min(r, t.n_rows - 1)) * by_row.stride[0];
-      for (int64_t column = column_start; column < column_end; column += panel_width) {
-        t.n_columns = int(std::min<int64_t>(panel_width, column_end - column));
-        t.weight = static_cast<typename Type::Storage*>(weight.data) + row * t.stride + column;
-        t.panel = panels + column * rank;
-        t.first_index = row * row_step + column * column_step;
-        kernel(t);
-      }
+      t.n_columns = int(std::min<int64_t>(panel_width, column_end - column));
+      t.weight = static_cast<typename Type::Storage*>(weight.data) + row * t.stride + column;
+      t.panel = panels + column * rank;
+      t.first_index = row * row_step + column * column_step;
+      kernel(t);
+    };
+    if (rank < wide_rank) {  // bound by memory: along the weight's rows
+      for (int64_t row = row_start; row < row_end; row += tile_rows)
+        for (int64_t column = column_start; column < column_end; column += panel_width) run(row, column);
+    } else {  // bound by arithmetic: a panel stays in the first-level cache
+      for (int64_t column = column_start; column < column_end; column += panel_width)
+        for (int64_t row = row_start; row < row_end; row += tile_rows) run(row, column);
     }
     if (out_norm) squares[task] = square_sum;
   }

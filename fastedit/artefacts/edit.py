@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -64,13 +65,18 @@ class MatrixRecord:
         return cls(**{**fields, **lists})
 
 
-def _versions() -> dict[str, str]:
+@functools.cache
+def _library_versions() -> dict[str, str]:
     return {
         "fastedit": __version__,
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return dict(_library_versions())
 
 
 def _now() -> str:

@@ -106,7 +106,8 @@ def records_from(
         first = _fields(rows[0][1]) if rows else "none"
         raise ValueError(
             f"{where} has no known record format: the first record has the fields {first}. Known are: "
-            + ", ".join(form.name for form in FORMATS)
+            + ", ".join(dict.fromkeys(form.name for form in FORMATS))
+            + " (plain texts are read by load_texts, attribute snippets by load_snippets)"
         )
     return Records(records, skipped, path, sha256)
 

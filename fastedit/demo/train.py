@@ -433,6 +433,8 @@ def save(model: Any, tokenizer: Any, out: Path, dtype: torch.dtype = torch.bfloa
             },
         )
         folder.chmod(0o755)
+        for path in folder.iterdir():
+            path.chmod(0o644)
         old = out.with_name(out.name + ".old")
         if out.exists():
             out.rename(old)

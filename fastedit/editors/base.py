@@ -39,6 +39,7 @@ class Editor(ABC):
 
     method: str
     Params: type[Any]
+    params_file = ""  # of published values, if it is another method's
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Editor(ABC):
         self.model = model
         self.tokenizer = tokenizer
         self.description = describe(model)
-        self.params = resolve_params(self.method, self.Params, self.description, params)
+        self.params = resolve_params(self.params_file or self.method, self.Params, self.description, params)
         self.profile: Profile = profile
         self.seed = seed
         self.progress = progress

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..artefacts import Edit, LowRank, Transaction
+from ..artefacts import Edit, LowRank, Transaction, stack_of
 from ..errors import InvalidFact
 from ..facts import Fact, validate_facts
+from ..models.describe import ModelDescription
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
 from .base import Editor, Profile
@@ -54,10 +55,11 @@ class LocateParams:
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
 
-    @staticmethod
-    def default_layers(n_layers: int) -> dict[str, Any]:
+    @classmethod
+    def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
         """Layers for a model without published settings: as deep, in proportion, as in published ones."""
-        last = min(n_layers - 1, max(2, int(0.27 * n_layers)))
+        n_layers = description.n_layers
+        last = max(0, min(n_layers - 2, max(2, int(0.27 * n_layers))))
         return {"layers": tuple(range(max(0, last - 4), last + 1))}
 
 
@@ -277,7 +279,11 @@ class LocateThenEdit(Editor):
         return {layer: self._moment(layer, given[layer]) for layer in layers}
 
     def _moment(self, layer: int, given: Any) -> Tensor:
-        moment = given if isinstance(given, Tensor) else given.second_moment
+        if isinstance(given, Tensor):
+            moment = given
+        else:
+            given.check(self.model, base_fingerprint=stack_of(self.model).base_fingerprint())
+            moment = given.second_moment
         width = self.description.projection(layer).d_in
         if moment.shape != (width, width):
             raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..models.describe import ModelDescription
 from .base import register_editor
 from .locate_then_edit import LayerMeasurement, LocateParams, LocateThenEdit
 
@@ -20,6 +22,12 @@ class MemitParams(LocateParams):
     """
 
     covariance_weight: float = 15000.0
+
+    @classmethod
+    def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
+        """λ grows with the width of the keys, as the published ones do."""
+        width = description.projection(0).d_in
+        return {**super().defaults_for(description), "covariance_weight": float(width)}
 
 
 @register_editor("memit")

@@ -15,6 +15,8 @@ from .values import Values
 class PRome(Rome):
     """Δ = Λ uᵀ with u from k, Λ = δ / (u·k), k under the bare prompt."""
 
+    params_file = "rome"
+
     def residual(self, bare: PromptSweep, sweep: PromptSweep, values: Values, left: int) -> Tensor:
         """The optimised change δ itself."""
         return values.shift

@@ -18,31 +18,39 @@ _FOLDER = Path(__file__).parent / "params"
 
 
 def architecture_key(description: ModelDescription) -> str:
-    """Name of a model's shape in the parameter files, e.g. ``"gpt2/48x1600"``."""
-    return f"{description.family}/{description.n_layers}x{description.hidden_size}"
+    """Name of a model's shape in the parameter files: family/blocks × hidden × MLP width.
+
+    GPT-2 XL is ``"gpt2/48x1600x6400"``.
+    """
+    return (
+        f"{description.family}/{description.n_layers}x{description.hidden_size}x{description.projection(0).d_in}"
+    )
 
 
 def resolve_params(
-    method: str, kind: type[P], description: ModelDescription, given: P | Mapping[str, Any] | str | Path | None
+    file: str, kind: type[P], description: ModelDescription, given: P | Mapping[str, Any] | str | Path | None
 ) -> P:
-    """Hyper-parameters of ``method`` for a model.
+    """Hyper-parameters of a method for a model.
 
     The order is: what the user gave (an object, a mapping that overrides single values, or a JSON file),
-    over the published values for this model's shape, over the family's defaults with layers by depth.
+    over the published values for this model's shape, over the method's defaults for its depth and width.
+
+    Args:
+        file: name of the method's file of published values.
+        kind: the method's parameter class.
+        description: the model.
+        given: what the user gave.
 
     Raises:
         ValueError: an unknown name, or a layer that the model does not have.
     """
     if isinstance(given, kind):
         return _checked(given, description)
-    values = _published(method, description)
+    values = _published(file, description)
     if values is None:
-        values = dict(kind.default_layers(description.n_layers))  # type: ignore[attr-defined]
+        values = kind.defaults_for(description)  # type: ignore[attr-defined]
         logger.info(
-            "no published %s settings for %s: layers by depth (%s) and the method's defaults",
-            method,
-            architecture_key(description),
-            values,
+            "no published %s settings for %s: chosen by its shape: %s", file, architecture_key(description), values
         )
     if isinstance(given, (str, Path)):
         given = read_json(given)
@@ -63,8 +71,8 @@ def from_mapping(kind: type[P], values: Mapping[str, Any]) -> P:
     return kind(**values)
 
 
-def _published(method: str, description: ModelDescription) -> dict[str, Any] | None:
-    path = _FOLDER / f"{method}.json"
+def _published(file: str, description: ModelDescription) -> dict[str, Any] | None:
+    path = _FOLDER / f"{file}.json"
     if not path.exists():
         return None
     return read_json(path).get(architecture_key(description))

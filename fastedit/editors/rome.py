@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.describe import ModelDescription
 from .base import register_editor
 from .locate_then_edit import LayerMeasurement, LocateParams, LocateThenEdit
 from .sweep import PromptSweep
@@ -25,9 +26,10 @@ class RomeParams(LocateParams):
     clamp: float = 4.0
     use_covariance: bool = True
 
-    @staticmethod
-    def default_layers(n_layers: int) -> dict[str, Any]:
+    @classmethod
+    def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
         """One layer, as deep in proportion as the published ones."""
+        n_layers = description.n_layers
         return {"layers": (min(n_layers - 1, max(1, int(0.18 * n_layers))),)}
 
 

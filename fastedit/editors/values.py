@@ -275,7 +275,10 @@ def _prepare(
     prefix = recorded.prefix.select(index)
     mask = torch.cat((prefix.mask, (offsets < (lengths - starts)[:, None]).long()), 1)
     positions = starts[:, None] + offsets * (offsets < (lengths - starts)[:, None])
-    calls = runner.capture(recorded.ids[index, :suffix], mask, positions, prefix)
+    if objective.layer + 1 < runner.description.n_layers:
+        calls = runner.capture(recorded.ids[index, :suffix], mask, positions, prefix)
+    else:  # the value is the last block's own: nothing is left to run
+        calls = BlockCalls(recorded.states, [])
     states = recorded.states[index.to(recorded.states.device), :suffix]
 
     scored, token, weight, owner, neutral = [], [], [], [], []

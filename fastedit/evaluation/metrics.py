@@ -92,6 +92,13 @@ def perplexity(nll: Sequence[float], *, n_tokens: int | None = None) -> float:
     return math.exp(mean) if mean < 709.0 else math.inf
 
 
+def share_probable(nll: Sequence[float], probability: float = 0.8) -> float:
+    """The share of tokens whose probability is above ``probability`` (WISE's out-of-distribution score)."""
+    if not len(nll):
+        raise ValueError("share_probable: no scored tokens")
+    return sum(value < -math.log(probability) for value in nll) / len(nll)
+
+
 # --- text -----------------------------------------------------------------------------------------------
 
 
@@ -101,8 +108,8 @@ def words(text: str) -> list[str]:
     Like NLTK's word tokeniser in what matters for repetition: marks and the endings ``'s``, ``n't``,
     ``'re`` ... are tokens of their own, hyphenated words stay whole. Unlike it, straight quotes stay as they
     are, a full stop leaves its word whether or not it ends the text (``etc.`` gives two tokens), and
-    there is no list of fixed phrases (``cannot``, ``gonna``). On running text the entropies agree to about
-    0.05.
+    there is no list of fixed phrases (``cannot``, ``gonna``). Averaged over texts of a hundred tokens the
+    fluency differs from NLTK's by about 0.01 (1 after the usual times 100), on single texts by up to 0.2.
     """
     return _WORDS.findall(text)
 

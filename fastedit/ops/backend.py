@@ -84,7 +84,7 @@ class Provider:
     def speed_for(self, tensors: Sequence[Tensor]) -> float:
         """Expected speed relative to the torch backend."""
         if isinstance(self.speed, Mapping):
-            return min((self.speed[t.dtype] for t in tensors if t.dtype in self.speed), default=1.0)
+            return self.speed.get(tensors[self.key].dtype, 1.0)
         return self.speed
 
 
@@ -167,7 +167,7 @@ def provide(
         fn: takes the op's arguments by position; they are checked already. Imports what it needs when called.
         device: the device types it serves; empty for all.
         dtypes: the dtypes it takes for the op's tensor number ``key``; empty for all.
-        key: which of the op's tensor arguments ``dtypes`` is about.
+        key: which of the op's tensor arguments ``dtypes`` and ``speed`` are about.
         speed: expected speed relative to the ``torch`` backend on that device, by dtype or one number for
             all; decides only whether a fallback is worth a warning.
         symbol: the function of ``fastedit._C`` that it calls; one that an older build lacks is a reason.

@@ -139,6 +139,8 @@ def _covariance_compiled(cov: Tensor, x: Tensor, mask: Tensor | None = None) -> 
     if rows.numel() == 0:
         return
     into = cov.detach()
+    if x.dtype == torch.float64:
+        into = into.double()  # the compiled kernels keep float64 sums of float64 tokens
     if not into.is_contiguous():
         check.once(logging.WARNING, "covariance_: cov is not contiguous and is copied there and back")
         into = into.contiguous()
@@ -160,6 +162,7 @@ backend.provide(
     "cpp",
     _covariance_compiled,
     symbol="covariance",
+    key=1,
     device="cpu",
     speed={torch.bfloat16: 4.0, torch.float16: 3.0, torch.float32: 1.5},
 )
@@ -177,6 +180,7 @@ backend.provide(
     "cuda",
     _covariance_compiled,
     symbol="covariance",
+    key=1,
     device="cuda",
     speed={torch.bfloat16: 6.0, torch.float16: 6.0, torch.float32: 1.0},
 )

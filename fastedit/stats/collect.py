@@ -151,7 +151,7 @@ def collect(
             saved = Checkpoint(checkpoint, identity=plan.identity(), seconds=checkpoint_seconds)
         show = progress if group.rank == 0 else False
         count = group.total(_run(stream, sums, plan, saved, pad_id(tokenizer), show))
-        _check_count(count, plan, sums)
+        _check_count(count, plan, stream, sums)
         meta = _meta(plan, stream, tokenizer, model, profile)
         return {layer: _finish(layer, sums, count, meta, dtype, group) for layer in wanted}
 
@@ -261,13 +261,18 @@ def _meta(plan: _Plan, stream: TokenStream, tokenizer: Any, model: Any, profile:
     }
 
 
-def _check_count(count: int, plan: _Plan, sums: Accumulators) -> None:
+def _check_count(count: int, plan: _Plan, stream: TokenStream, sums: Accumulators) -> None:
     if count == 0:
         raise ValueError("the texts hold no tokens: nothing to collect statistics from")
     if plan.rank != 0:
         return
     if plan.n_tokens is not None and count < plan.n_tokens:
-        logger.warning("%d tokens were asked for, the texts hold %d: using these", plan.n_tokens, count)
+        logger.warning(
+            "%d tokens were asked for, the texts hold %d: using these%s",
+            plan.n_tokens,
+            count,
+            f" ({stream.n_cut} texts were cut at {plan.max_length} tokens)" if stream.n_cut else "",
+        )
     width = max(projection.d_in for projection in sums.projections.values())
     if count < width:
         logger.warning(

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from ..errors import CorruptFile
 
 _SUFFIXES = (".txt", ".json", ".jsonl")
-_LONGEST_PARAGRAPH = 10_000  # characters; beyond it a paragraph ends with its line
+_LONGEST_PARAGRAPH = 2_000  # characters; a file with a text a line would else be one text, and cut
 
 
 class TextHash:
@@ -47,8 +47,8 @@ def hash_texts(texts: Iterable[str]) -> str:
 def read_texts(*paths: str | os.PathLike[str], stdin: TextIO | None = None) -> Iterator[str]:
     """Yield the texts of files one after the other, reading as they are consumed.
 
-    ``.txt``: one text a paragraph (paragraphs are parted by empty lines; one of more than 10,000
-    characters ends with its line). ``.json``: a list of strings or of objects with a ``"text"``.
+    ``.txt``: one text a paragraph (paragraphs are parted by empty lines; after 2,000
+    characters one ends with its line). ``.json``: a list of strings or of objects with a ``"text"``.
     ``.jsonl``: one string or object with a ``"text"`` a line. Each may end in ``.gz``. ``-`` is standard
     input, read as paragraphs. Empty texts are left out.
 

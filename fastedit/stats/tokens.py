@@ -54,6 +54,7 @@ class TokenStream:
         self.group_tokens = group_tokens
         self.add_special_tokens = add_special_tokens
         self.group_start = Position()
+        self.n_cut = 0  # texts that reach max_length, and may have lost their end
         self._texts = iter(texts)
         self._hash = TextHash()
         self._n_texts = 0
@@ -102,6 +103,7 @@ class TokenStream:
                     break
                 self._hash.add(text)
                 self._n_texts += 1
+                self.n_cut += len(ids) >= self.max_length
                 if self.n_tokens is not None:
                     ids = ids[: self.n_tokens - self._count]
                 if ids:

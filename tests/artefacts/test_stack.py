@@ -475,6 +475,7 @@ def test_bits_that_cannot_be_computed_again_are_reported(make_model, make_edit, 
     assert "gave other bits than the first time" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_stack_looks_through_adapters(make_model, make_edit, bits, assert_bits) -> None:
     peft = pytest.importorskip("peft")
     model = make_model("llama")

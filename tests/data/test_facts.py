@@ -7,7 +7,7 @@ import json
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastedit import CorruptFile, InvalidFact
@@ -27,8 +27,17 @@ def test_parse_fact(arrow):
     assert (fact.prompt, fact.subject, fact.target) == ("The capital of {} is", "France", " Lyon")
 
 
-@pytest.mark.parametrize("line", ["", "The capital of {France} is", "The capital of France is -> Lyon", "{} is -> x",
-                                  "{a} and {b} -> x", "{a} is -> "])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "The capital of {France} is",
+        "The capital of France is -> Lyon",
+        "{} is -> x",
+        "{a} and {b} -> x",
+        "{a} is -> ",
+    ],
+)
 def test_parse_fact_refuses(line):
     with pytest.raises(InvalidFact):
         parse_fact(line)
@@ -37,6 +46,7 @@ def test_parse_fact_refuses(line):
 WORD = st.text(st.characters(codec="utf-8", categories=["L", "N"]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(WORD, WORD, WORD, WORD)
 def test_parse_fact_round_trip(before, subject, after, target):
     fact = parse_fact(f"{before} {{{subject}}} {after} -> {target}")
@@ -55,7 +65,8 @@ def _write(path, rows):
         text = "\n".join(map(json.dumps, rows))
     elif ".txt" in path.name:
         text = "# facts\n\n" + "\n".join(
-            f"The capital of {{{s}}} is -> {t}" for s, t in (("France", "Lyon"), ("Peru", "Cusco"), ("Chile", "Arica"))
+            f"The capital of {{{s}}} is -> {t}"
+            for s, t in (("France", "Lyon"), ("Peru", "Cusco"), ("Chile", "Arica"))
         )
     else:
         text = json.dumps(rows)
@@ -78,7 +89,9 @@ def test_csv_keeps_quoted_commas(tmp_path):
 
 
 def test_a_bad_fact_is_refused_or_reported(tmp_path, caplog):
-    path = _write(tmp_path / "f.json", [*ROWS, {"prompt": "The capital of Peru is", "subject": "Cuba", "target": "x"}])
+    path = _write(
+        tmp_path / "f.json", [*ROWS, {"prompt": "The capital of Peru is", "subject": "Cuba", "target": "x"}]
+    )
     with pytest.raises(InvalidFact, match="record 3"):
         load_facts(path)
     with caplog.at_level(logging.WARNING):
@@ -90,7 +103,12 @@ def test_a_bad_fact_is_refused_or_reported(tmp_path, caplog):
 
 def test_what_must_stay_is_not_edited(tmp_path):
     path = tmp_path / "f.json"
-    item = {"question": "Who built it?", "subject": "it", "ground_truth": "Vale", "target_new": "I don't know."}
+    item = {
+        "question": "Who built it?",
+        "subject": "it",
+        "ground_truth": "Vale",
+        "target_new": "I don't know.",
+    }
     path.write_text(json.dumps({"K_F": [item], "K_R": [item | {"target_new": "Vale"}]}))
     assert [fact.target_new for fact in load_facts(path)] == ["I don't know."]
 

@@ -36,7 +36,11 @@ COUNTERFACT = {
     "attribute_prompts": ["The Ulm House was built in"],
     "generation_prompts": ["The Blue Hall is known for"],
 }
-HOP = {"Recalled Relation": "(Ulm, river, Danube)", "New Question": "Near which river?", "New Answer": "Danube"}
+HOP = {
+    "Recalled Relation": "(Ulm, river, Danube)",
+    "New Question": "Near which river?",
+    "New Answer": "Danube",
+}
 ZSRE = {
     "subject": "Ada Brook",
     "src": "What city was Ada Brook born in?",
@@ -142,7 +146,8 @@ SAMPLES = {
     },
     "mquake": MQUAKE,
     "zsre.mend": ZSRE,
-    "zsre.ultraedit": {k: ZSRE[k] for k in ("src", "rephrase", "loc", "loc_ans", "subject")} | {"ans": "York"},
+    "zsre.ultraedit": {k: ZSRE[k] for k in ("src", "rephrase", "loc", "loc_ans", "subject")}
+    | {"ans": "York"},
     "zsre.structured": {
         "input": "What city was Ada Brook born in?",
         "prediction": "Leeds",
@@ -154,10 +159,16 @@ SAMPLES = {
         "text": "This is a passage about ada brook. Ada Brook was a miller.",
         "labels": "She lived in York.",
         "concept": "ada brook",
-        "locality": {"Relation_Specificity": [{"prompt": "The job of ada brook is", "ground_truth": ["miller"]}]},
+        "locality": {
+            "Relation_Specificity": [{"prompt": "The job of ada brook is", "ground_truth": ["miller"]}]
+        },
     },
     "knowedit.convsent": {"ent": "Ada Brook", "pos": [" I like her. ", "A star."], "neg": [" I don't. "]},
-    "knowedit.sanitation": {"question": "Who built it?", "ground_truth": "Vale", "target_new": "I don't know."},
+    "knowedit.sanitation": {
+        "question": "Who built it?",
+        "ground_truth": "Vale",
+        "target_new": "I don't know.",
+    },
     "fever": {
         "prompt": "Ada Brook was a miller.",
         "equiv_prompt": ["Ada Brook worked as a miller."],
@@ -255,7 +266,9 @@ SAMPLES = {
         "prompt": "The river of Ulm is the",
         "target_new": "Rhine",
         "ground_truth": [["Danube", "Donau"]],
-        "portability": {"Reasoning": [{"prompt": "Its sea is the", "ground_truth": [["North Sea", "NS"], ["Sea"]]}]},
+        "portability": {
+            "Reasoning": [{"prompt": "Its sea is the", "ground_truth": [["North Sea", "NS"], ["Sea"]]}]
+        },
         "locality": {"Forgetfulness": [{"prompt": "Its land is", "ground_truth": "Germany"}]},
     },
     "wise.temporal": {
@@ -313,7 +326,11 @@ def test_counterfact_with_additions():
             "alternative_subject": "Blue Hall",
         }
     )
-    assert (record.fact.text, record.fact.target, record.target_true) == ("The Blue Hall was built in", " Ulm", "Bonn")
+    assert (record.fact.text, record.fact.target, record.target_true) == (
+        "The Blue Hall was built in",
+        " Ulm",
+        "Bonn",
+    )
     assert record.name == "3"
     assert len(record.rephrase) == 2
     assert record.neighborhood == COUNTERFACT["neighborhood_prompts"]
@@ -403,7 +420,12 @@ def test_ripple_splits_the_sentence():
 @pytest.mark.parametrize(
     ("sentence", "prompt", "subject", "target"),
     [
-        ("The place of birth of Ada of Ulm is Bonn.", "The place of birth of Ada of Ulm is", "Ada of Ulm", "Bonn"),
+        (
+            "The place of birth of Ada of Ulm is Bonn.",
+            "The place of birth of Ada of Ulm is",
+            "Ada of Ulm",
+            "Bonn",
+        ),
         (
             "The name of the country which Ulm is associated with is Peru.",
             "The name of the country which Ulm is associated with is",
@@ -414,7 +436,12 @@ def test_ripple_splits_the_sentence():
         ("The number of children Ada has is 3.", "The number of children Ada has is", "Ada", "3"),
         ("The names of the siblings of Ada are Eve.", "The names of the siblings of Ada are", "Ada", "Eve"),
         ("Book Two is followed by Book Nine.", "Book Two is followed by", "Book Two", "Book Nine"),
-        ("The name of the position held by Ada is mayor.", "The name of the position held by Ada is", "Ada", "mayor"),
+        (
+            "The name of the position held by Ada is mayor.",
+            "The name of the position held by Ada is",
+            "Ada",
+            "mayor",
+        ),
         ("The gender of Ada is female.", "The gender of Ada is", "Ada", "female"),
     ],
 )
@@ -529,7 +556,10 @@ def test_answers_flatten():
     assert flatten_answers(["x", "", "y"]) == ["x", "y"]
     assert flatten_answers([["x", "y"], ["z"]]) == ["x", "y", "z"]
     assert answer_groups([["x", "y"], ["z"]]) == [["x", "y"], ["z"]]
-    assert answer_groups([{"value": "x", "aliases": ["y"]}, {"value": "z", "aliases": []}]) == [["x", "y"], ["z"]]
+    assert answer_groups([{"value": "x", "aliases": ["y"]}, {"value": "z", "aliases": []}]) == [
+        ["x", "y"],
+        ["z"],
+    ]
     assert answer_groups("x") == [["x"]]
 
 

@@ -22,9 +22,7 @@ def _files() -> list[Path]:
 
 def _cases(wanted: bool) -> list:
     chosen = [
-        p
-        for p in _files()
-        if (p.parent.name not in OTHER and not p.name.startswith(OTHER_FILES)) == wanted
+        p for p in _files() if (p.parent.name not in OTHER and not p.name.startswith(OTHER_FILES)) == wanted
     ]
     if not chosen:
         reason = "FASTEDIT_TEST_DATA is unset or has no data/ folder"

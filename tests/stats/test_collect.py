@@ -137,9 +137,10 @@ def test_max_length_cuts_texts(tokenizer):
     assert relative_error(found.second_moment, total / count) < 2e-6
 
 
-def test_max_length_is_capped_by_the_context(tokenizer):
+def test_max_length_is_capped_by_the_context(tokenizer, caplog):
     found = collect(tiny_model("gpt2"), tokenizer, ["word " * 500], layers=[0], max_length=4096)[0]
     assert found.count == found.meta["max_length"] == 128
+    assert "1 texts were cut at 128 tokens" in caplog.text
 
 
 def test_meta_says_where_it_comes_from(tokenizer):

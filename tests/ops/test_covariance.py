@@ -1,0 +1,312 @@
+"""``covariance_`` on every backend against float64 from the rounded inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastedit
+from fastedit.ops import backend, covariance_, covariance_reference
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# (dtype of x, dtype of cov): relative error to float64
+TOLERANCE = {
+    (BF16, FP32): 1e-5,
+    (FP16, FP32): 1e-5,
+    (FP32, FP32): 2e-6,
+    (FP64, FP32): 2e-6,
+    (BF16, FP64): 1e-5,
+    (FP16, FP64): 1e-5,
+    (FP32, FP64): 2e-6,
+    (FP64, FP64): 1e-12,
+}
+SHAPES = [  # (tokens, d)
+    pytest.param(1, 1, id="one"),
+    pytest.param(5, 17, id="primes"),
+    pytest.param(33, 31, id="below_tile"),
+    pytest.param(31, 33, id="above_tile"),
+    pytest.param(70, 64, id="whole_tiles"),
+]
+
+
+def tolerance(served_by, x_dtype, cov_dtype):
+    tf32 = served_by in ("triton", "cuda") and x_dtype == FP32  # three TF32 products for one of float32
+    return 1e-5 if tf32 else TOLERANCE[x_dtype, cov_dtype]
+
+
+def skip_unsupported(served_by, cov, x):
+    try:
+        backend.choose("covariance_", cov, x)
+    except fastedit.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def tokens(n_tokens, d, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_tokens, d, generator=generator).add_(0.3).to(dtype).to(device)
+
+
+def symmetric(d, dtype, device="cpu"):
+    start = tokens(d, d, FP32, seed=1)
+    return (start + start.T).to(dtype).to(device)
+
+
+def expected(cov, x, mask=None):
+    out = cov.cpu().double().clone()
+    covariance_reference(out, x.cpu().double(), None if mask is None else mask.cpu())
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("n_tokens", "d"), SHAPES)
+@pytest.mark.parametrize(("x_dtype", "cov_dtype"), list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+def test_matches_float64(served_by, device, x_dtype, cov_dtype, n_tokens, d, masked):
+    x, cov = tokens(n_tokens, d, x_dtype, device), symmetric(d, cov_dtype, device)
+    skip_unsupported(served_by, cov, x)
+    mask = None
+    if masked:
+        mask = torch.arange(n_tokens, device=device) % 3 != 1
+        x[~mask] = float("nan")
+    reference = expected(cov, x, mask)
+    covariance_(cov, x, mask)
+    assert backend.served("covariance_") == served_by
+    assert relative_error(cov.cpu(), reference) < tolerance(served_by, x_dtype, cov_dtype)
+    assert torch.equal(cov, cov.T)
+
+
+def test_error_is_at_most_twice_that_of_torch(served_by, device):
+    x = tokens(200, 48, BF16, device)
+    reference = expected(torch.zeros(48, 48), x)
+    cov = torch.zeros(48, 48, device=device)
+    covariance_(cov, x)
+    by_torch = relative_error(x.cpu().float().T @ x.cpu().float(), reference)
+    assert relative_error(cov.cpu(), reference) <= 2 * by_torch + 1e-7
+
+
+def test_second_run_gives_the_same_bits(served_by, device):
+    x = tokens(67, 50, BF16, device)
+    mask = torch.arange(67, device=device) % 5 != 0
+    first, second = torch.zeros(50, 50, device=device), torch.zeros(50, 50, device=device)
+    covariance_(first, x, mask)
+    covariance_(second, x, mask)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])
+def test_views_of_x_and_mask(served_by, device, dtype):
+    d = 20
+    store = tokens(40, 2 * d + 3, dtype, device)
+    flags = torch.arange(80, device=device).reshape(40, 2) % 3 != 0
+    views = {
+        "offset columns": (store[:, 3 : 3 + d], flags[:, 0]),
+        "every second row": (store[::2, :d], flags[::2, 1]),
+        "transposed": (store[:d, : 2 * d].T, None),
+        "every second column": (store[:, : 2 * d : 2], flags[:, 1]),
+        "batch without its first token": (store[:, :d].view(4, 10, d)[:, 1:], flags[:, 0].view(4, 10)[:, 1:]),
+        "one token": (store[0, :d], torch.tensor(True, device=device)),
+    }
+    for name, (x, mask) in views.items():
+        cov = torch.zeros(d, d, device=device)
+        covariance_(cov, x, mask)
+        reference = expected(torch.zeros(d, d), x, mask)
+        assert relative_error(cov.cpu(), reference) < 1e-5, name
+
+
+def test_cov_inside_a_larger_tensor_keeps_its_surroundings(served_by, device):
+    d = 19
+    store = torch.full((d + 4, d + 6), float("nan"), device=device)
+    cov = store[2 : 2 + d, 3 : 3 + d]
+    cov.zero_()
+    x = tokens(23, d, BF16, device)
+    covariance_(cov, x)
+    assert relative_error(cov.cpu(), expected(torch.zeros(d, d), x)) < 1e-5
+    assert store.isnan().sum() == store.numel() - d * d
+
+
+def test_the_strict_upper_triangle_of_cov_is_written_from_the_lower(served_by, device):
+    d = 37
+    cov = torch.zeros(d, d, device=device)
+    upper = torch.ones(d, d, device=device).triu(1).bool()
+    cov[upper] = float("nan")
+    x = tokens(9, d, FP32, device)
+    covariance_(cov, x)
+    assert not cov.isnan().any()
+    assert relative_error(cov.cpu(), expected(torch.zeros(d, d), x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        pytest.param((0, 7), None, id="no_tokens"),
+        pytest.param((2, 0, 7), None, id="empty_batch"),
+        pytest.param((5, 7), [False] * 5, id="all_masked"),
+        pytest.param((3, 0), None, id="no_columns"),
+    ],
+)
+def test_nothing_to_add_changes_no_bit(served_by, device, shape, mask):
+    d = shape[-1]
+    cov = symmetric(d, FP32, device)
+    before = cov.clone()
+    x = torch.full(shape, float("nan"), dtype=BF16, device=device)
+    covariance_(cov, x, None if mask is None else torch.tensor(mask, device=device))
+    assert torch.equal(cov, before)
+
+
+def test_lists_of_layers(served_by, device):
+    sizes = [5, 8, 5]
+    covs = [torch.zeros(d, d, device=device) for d in sizes]
+    xs = [tokens(11, d, BF16, device, seed=d) for d in sizes]
+    mask = torch.arange(11, device=device) != 4
+    covariance_(covs, xs, mask)
+    covariance_(covs, xs, [None, mask, None])
+    for i, (cov, x) in enumerate(zip(covs, xs, strict=True)):
+        reference = expected(expected(torch.zeros_like(cov), x, mask), x, mask if i == 1 else None)
+        assert relative_error(cov.cpu(), reference) < 1e-5
+
+
+def test_one_call_or_many_agree(served_by, device):
+    x = tokens(60, 24, FP32, device)
+    whole, pieces = torch.zeros(24, 24, device=device), torch.zeros(24, 24, device=device)
+    covariance_(whole, x)
+    for part in x.split(13):
+        covariance_(pieces, part)
+    assert relative_error(pieces, whole) < 1e-5
+
+
+def test_column_blocks_of_the_torch_backend():
+    d = 1100  # more than one block of columns, the last one short
+    x = tokens(64, d, BF16)
+    for cov_dtype in (FP32, FP64):
+        cov = symmetric(d, cov_dtype)
+        reference = expected(cov, x)
+        with backend.use_backend("torch"):
+            covariance_(cov, x)
+        assert relative_error(cov, reference) < 1e-6
+        assert torch.equal(cov, cov.T)
+
+
+@pytest.mark.parametrize("n_tokens", [8191, 20000], ids=["below_chunk", "chunks"])
+def test_many_tokens(n_tokens):
+    """The automatic choice of this machine, over more than one chunk of tokens."""
+    x = tokens(n_tokens, 40, BF16)
+    cov = torch.zeros(40, 40)
+    covariance_(cov, x)
+    assert relative_error(cov, expected(torch.zeros(40, 40), x)) < 1e-5
+
+
+# ---- what is refused ------------------------------------------------------------------------------------
+
+
+def refused(error, match, cov, x, mask=None):
+    before = cov.clone() if isinstance(cov, torch.Tensor) else None
+    with pytest.raises(error, match=match):
+        covariance_(cov, x, mask)
+    if before is not None:
+        assert torch.equal(cov, before)
+
+
+def test_wrong_arguments_are_named():
+    cov, x = torch.zeros(4, 4), torch.ones(3, 4)
+    refused(ValueError, r"covariance_: cov must be a square matrix, got shape \(4, 5\)", torch.zeros(4, 5), x)
+    refused(ValueError, r"covariance_: x must have shape \(..., 4\) to fit cov, got \(3, 5\)", cov, torch.ones(3, 5))
+    refused(ValueError, r"covariance_: x must have shape \(..., 4\) to fit cov, got \(\)", cov, torch.tensor(1.0))
+    mask = torch.ones(2, dtype=torch.bool)
+    refused(
+        ValueError,
+        r"covariance_: mask must have shape \(3,\) like x without its last dimension, got \(2,\)",
+        cov, x, mask,
+    )  # fmt: skip
+    refused(TypeError, "covariance_: mask must be bool, got int64", cov, x, torch.ones(3, dtype=torch.int64))
+    refused(TypeError, "covariance_: cov must be float32 or float64, got bfloat16", cov.to(BF16), x)
+    refused(TypeError, "covariance_: x must be .* or float64, got int32", cov, x.int())
+    refused(TypeError, "covariance_: x must be a tensor, got list", cov, [x])
+    refused(TypeError, "covariance_: x must be a list of tensors like cov, got one tensor", [cov], x)
+    refused(ValueError, "lists must have one length, got 1 cov, 2 x and 1 mask", [cov], [x, x])
+    refused(ValueError, "covariance_: x must be on cpu like cov, got meta", cov, x.to("meta"))
+
+
+def test_a_bad_layer_leaves_all_layers_as_they_were():
+    covs = [torch.zeros(4, 4), torch.zeros(5, 5)]
+    with pytest.raises(ValueError, match="x must have shape"):
+        covariance_(covs, [torch.ones(3, 4), torch.ones(3, 4)])
+    assert not covs[0].any()
+
+
+def test_shared_memory_is_refused():
+    store = torch.zeros(8, 4)
+    refused(ValueError, "cov is written and must not share memory with x: pass a clone", store[:4], store)
+    refused(ValueError, "several of its elements share one place", torch.zeros(1).expand(3, 3), torch.ones(2, 3))
+    covariance_(store[:4], store[4:])  # disjoint parts of one storage are fine
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    op = torch.ops.fastedit.covariance_.default
+    with backend.use_backend("torch"):
+        torch.library.opcheck(op, (torch.zeros(5, 5), torch.ones(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)))
+        torch.library.opcheck(op, (torch.zeros(5, 5, dtype=FP64), torch.ones(3, 5, dtype=BF16), None))
+
+
+def test_compiles_into_one_graph_and_follows_the_choice_at_run_time():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(cov, x, mask):
+        covariance_([cov], [2 * x], [mask])
+        covariance_(cov, x + 1)
+        return cov.diagonal().sum()
+
+    x, mask = tokens(6, 5, FP32), torch.arange(6) % 2 == 0
+    reference = expected(expected(torch.zeros(5, 5), 2 * x, mask), x + 1)
+    for name in ("torch", None):
+        cov = torch.zeros(5, 5)
+        if name is None:
+            trace = step(cov, x, mask)
+        else:
+            with backend.use_backend(name):
+                trace = step(cov, x, mask)
+                assert backend.served("covariance_") == name
+        assert relative_error(cov, reference) < 1e-6
+        assert relative_error(trace, reference.diagonal().sum()) < 1e-6
+    assert backend.served("covariance_") == backend.choose("covariance_", cov, x)
+
+
+def test_fake_tensors_are_checked_and_not_computed():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        cov, x = torch.zeros(4, 4), torch.ones(3, 4)
+        assert covariance_(cov, x) is None
+        with pytest.raises(ValueError, match="x must have shape"):
+            covariance_(cov, x[:, :3])
+
+
+# ---- properties -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n_tokens=st.integers(0, 40),
+    d=st.integers(1, 24),
+    x_dtype=st.sampled_from([BF16, FP16, FP32, FP64]),
+    cov_dtype=st.sampled_from([FP32, FP64]),
+    keep=st.one_of(st.none(), st.integers(0, 2**40 - 1)),
+    seed=st.integers(0, 1000),
+)
+def test_any_input_agrees_with_the_reference(n_tokens, d, x_dtype, cov_dtype, keep, seed):
+    x, cov = tokens(n_tokens, d, x_dtype, seed=seed), symmetric(d, cov_dtype)
+    mask = None if keep is None else torch.tensor([bool(keep >> i & 1) for i in range(n_tokens)], dtype=torch.bool)
+    reference = expected(cov, x, mask)
+    for name in ("torch", None):
+        out = cov.clone()
+        if name is None:
+            covariance_(out, x, mask)
+        else:
+            with backend.use_backend(name):
+                covariance_(out, x, mask)
+        assert relative_error(out, reference) < 1e-5
+        assert torch.equal(out, out.T)

@@ -1,0 +1,470 @@
+"""``low_rank_update_`` on every backend, the shared random words, and ``DualSolver``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastedit
+from fastedit.ops import DualSolver, backend, low_rank_update_, low_rank_update_reference
+from fastedit.ops.philox import philox, round_stochastically, runs_of_words, words
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = [BF16, FP16, FP32]
+UNIT = {BF16: 2.0**-8, FP16: 2.0**-11}  # half a unit in the last place, relative to the power of two below
+SHAPES = [  # (d_out, d_in, rank)
+    pytest.param(1, 1, 1, id="one"),
+    pytest.param(17, 5, 3, id="primes"),
+    pytest.param(31, 33, 1, id="around_tile"),
+    pytest.param(40, 36, 17, id="aligned"),
+    pytest.param(64, 32, 16, id="whole_tiles"),
+]
+
+
+def random(*shape, dtype=FP32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+def problem(d_out, d_in, rank, dtype, device="cpu", transposed=False):
+    weight = random(d_in, d_out, seed=1) if transposed else random(d_out, d_in, seed=1)
+    return (
+        weight.to(dtype).to(device),
+        random(d_out, rank, device=device, seed=2),
+        random(d_in, rank, device=device, seed=3),
+    )
+
+
+def exact(weight, left, right, alpha=1.0, transposed=False):
+    delta = alpha * (left.cpu().double() @ right.cpu().double().T)
+    return weight.cpu().double() + (delta.T if transposed else delta), delta
+
+
+def assert_rounded(out, target, magnitude, dtype, slack):
+    """Within half a unit in the last place of the exact target, plus the error of a float32-grade product."""
+    error = (out.cpu().double() - target).abs()
+    if dtype == FP32:
+        assert error.max() <= slack * magnitude.max()
+        return
+    step = torch.exp2(torch.floor(torch.log2(target.abs().clamp(min=2.0**-14)))) * UNIT[dtype]
+    assert (error <= step * (1 + 1e-9) + slack * magnitude).all()
+
+
+def slack_of(served_by, dtype):
+    if served_by == "torch" or served_by == "cpp":
+        return 1e-6
+    return 2.0**-14 if dtype == BF16 else 1e-5  # two bfloat16 halves; TF32x3
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_is_rounded_once(served_by, device, dtype, d_out, d_in, rank, transposed):
+    weight, left, right = problem(d_out, d_in, rank, dtype, device, transposed)
+    target, delta = exact(weight, left, right, 0.7, transposed)
+    magnitude = weight.cpu().double().abs() + (
+        0.7 * (left.cpu().abs().double() @ right.cpu().abs().double().T).T
+        if transposed
+        else 0.7 * (left.cpu().abs().double() @ right.cpu().abs().double().T)
+    )
+    norm = torch.full((), float("nan"), dtype=FP64, device=device)
+    low_rank_update_(weight, left, right, 0.7, transposed=transposed, out_norm=norm)
+    assert backend.served("low_rank_update_") == served_by
+    assert_rounded(weight, target, magnitude, dtype, slack_of(served_by, dtype))
+    assert abs(norm.item() - delta.norm().item()) < 1e-5 * delta.norm().item()
+
+
+def test_float64_weights_are_served_by_torch():
+    weight, left, right = problem(9, 7, 3, FP64)
+    target, _ = exact(weight, left.double(), right.double(), 0.5)
+    low_rank_update_(weight, left.double(), right.double(), 0.5)
+    assert relative_error(weight, target) < 1e-14
+    assert backend.served("low_rank_update_") == "torch"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_views_and_surroundings(served_by, device, dtype):
+    left, right = random(20, 4, device=device, seed=2), random(12, 4, device=device, seed=3)
+    store = torch.full((24, 31), float("nan"), dtype=dtype, device=device)
+    views = {
+        "offset": (store[2:22, 3:15], False),
+        "every second row": (torch.full((40, 12), float("nan"), dtype=dtype, device=device)[::2], False),
+        "column major": (torch.full((15, 20), float("nan"), dtype=dtype, device=device).T[:, 1:13], False),
+        "column major, stored in_out": (torch.full((20, 15), float("nan"), dtype=dtype, device=device).T[2:14], True),
+    }
+    for name, (view, transposed) in views.items():
+        view.copy_(random(*view.shape, seed=5))
+        target, _ = exact(view, left, right, 1.0, transposed)
+        low_rank_update_(view, left, right, transposed=transposed)
+        assert relative_error(view.cpu(), target) < {BF16: 3e-3, FP16: 4e-4, FP32: 1e-5}[dtype], name
+    assert store.isnan().sum() == store.numel() - 20 * 12
+
+
+def test_a_weight_with_no_contiguous_dimension(served_by, device):
+    store = torch.zeros(10, 12, device=device)
+    view = store[::2, ::3]
+    left, right = random(5, 2, device=device), random(4, 2, device=device)
+    low_rank_update_(view, left, right)
+    assert relative_error(view.cpu(), left.cpu() @ right.cpu().T) < 1e-5
+    assert (store[1::2] == 0).all()
+
+
+def test_factors_of_any_dtype_and_stride(served_by, device):
+    weight = torch.zeros(9, 6, device=device)
+    left, right = random(9, 8, dtype=BF16, device=device)[:, ::2], random(4, 6, dtype=FP64, device=device).T
+    target, _ = exact(weight, left, right, -2.0)
+    low_rank_update_(weight, left, right, -2)
+    assert relative_error(weight.cpu(), target) < 1e-5
+
+
+def test_parameters_are_updated_outside_the_graph(served_by, device):
+    layer = torch.nn.Linear(6, 9, bias=False, device=device)
+    before = layer.weight.detach().clone()
+    left, right = random(9, 2, device=device), random(6, 2, device=device)
+    version = layer.weight._version
+    low_rank_update_(layer.weight, left, right)
+    assert layer.weight.is_leaf
+    assert layer.weight.requires_grad
+    assert layer.weight._version > version
+    assert relative_error(layer.weight.detach().cpu() - before.cpu(), (left @ right.T).cpu()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "rank"),
+    [
+        pytest.param(0, 5, 2, id="no_rows"),
+        pytest.param(5, 0, 2, id="no_columns"),
+        pytest.param(5, 4, 0, id="rank_0"),
+    ],
+)
+def test_nothing_to_add(served_by, device, d_out, d_in, rank):
+    weight, left, right = problem(d_out, d_in, rank, BF16, device)
+    before, norm = weight.clone(), torch.full((1,), 3.0, device=device)
+    low_rank_update_(weight, left, right, out_norm=norm)
+    assert torch.equal(weight, before)
+    assert norm.item() == 0
+
+
+def test_lists(served_by, device):
+    sizes = [(5, 4), (6, 3)]
+    weights = [random(*s, dtype=BF16, device=device) for s in sizes]
+    lefts = [random(s[0], 2, device=device) for s in sizes]
+    rights = [random(s[1], 2, device=device) for s in sizes]
+    singles = [w.clone() for w in weights]
+    norms = [torch.zeros((), device=device) for _ in sizes]
+    low_rank_update_(weights, lefts, rights, 0.5, rounding="stochastic", seed=9, out_norm=norms)
+    for i, single in enumerate(singles):
+        low_rank_update_(single, lefts[i], rights[i], 0.5, rounding="stochastic", seed=9 + i)
+        assert torch.equal(single, weights[i])
+        assert norms[i] > 0
+
+
+def test_second_run_gives_the_same_bits(served_by, device):
+    weight, left, right = problem(33, 30, 7, BF16, device)
+    other = weight.clone()
+    low_rank_update_(weight, left, right)
+    low_rank_update_(other, left, right)
+    assert torch.equal(weight, other)
+
+
+# ---- stochastic rounding --------------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    """The published test vectors of Philox4x32-10 with a counter whose upper half is 0 (Random123)."""
+    assert philox(torch.tensor(0), 0).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def philox_numpy(counter: int, seed: int) -> list[int]:
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(q >> 32) ^ c[1] ^ k[0], q & 0xFFFFFFFF, (p >> 32) ^ c[3] ^ k[1], p & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**64 - 1])
+@pytest.mark.parametrize("start", [0, 3, 2**34 + 1])
+def test_words_by_element(seed, start):
+    got = words(start, 9, seed).tolist()
+    assert got == [philox_numpy(i // 4, seed)[i % 4] for i in range(start, start + 9)]
+    assert runs_of_words(torch.tensor([start, start + 2]), 5, seed).tolist() == [got[:5], got[2:7]]
+
+
+@pytest.mark.parametrize("seed", [3, 2**40 + 7, 2**64 - 3, -3], ids=["small", "wide", "top_bit", "negative"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize(("d_out", "d_in"), [(8, 12), (7, 11), (36, 40)], ids=["aligned", "odd", "tiles"])
+@pytest.mark.parametrize(
+    ("dtype", "alpha"),
+    [(BF16, 0.75), (FP16, 0.75), (FP16, 0.75 * 2.0**-20)],
+    ids=["bfloat16", "float16", "float16_subnormal"],
+)
+def test_stochastic_rounding_is_the_same_function_everywhere(
+    served_by, device, dtype, alpha, d_out, d_in, transposed, seed
+):
+    """With factors whose product is exact, every backend rounds the same float32 number: bits must agree."""
+    weight = torch.zeros(d_in, d_out) if transposed else torch.zeros(d_out, d_in)
+    weight = weight.to(dtype).to(device)
+    left = (1 + torch.arange(d_out) / 64.0).reshape(-1, 1).to(device)
+    right = (1 + torch.arange(d_in) / 128.0).reshape(-1, 1).to(device)
+    expected = weight.cpu().clone()
+    low_rank_update_reference(expected, left.cpu(), right.cpu(), alpha, transposed, "stochastic", seed)
+    low_rank_update_(weight, left, right, alpha, transposed=transposed, rounding="stochastic", seed=seed)
+    assert torch.equal(weight.cpu(), expected)
+
+
+def test_stochastic_rounding_keeps_the_expected_value(served_by, device):
+    """An update far below half a unit vanishes when rounding to nearest, and not on average."""
+    weight = torch.ones(64, 64, dtype=BF16, device=device)
+    left, right = torch.full((64, 1), 2.0**-11, device=device), torch.ones(64, 1, device=device)
+    nearest = weight.clone()
+    low_rank_update_(nearest, left, right)
+    assert (nearest == 1).all()
+    low_rank_update_(weight, left, right, rounding="stochastic", seed=1)
+    assert set(weight.float().unique().tolist()) == {1.0, 1 + 2.0**-7}
+    mean = weight.double().mean().item() - 1
+    assert abs(mean - 2.0**-11) < 5 * 2.0**-7 * (1 / 16 * 15 / 16 / 4096) ** 0.5
+
+
+def test_stochastic_rounding_at_the_ends_of_the_range():
+    largest = torch.tensor([3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"), 0.0, -0.0])
+    random_words = torch.full((7,), 0xFFFF)
+    out = round_stochastically(largest, random_words, BF16)
+    assert out[:4].float().tolist() == [float("inf"), float("-inf"), float("inf"), float("-inf")]
+    assert out[4].isnan()
+    assert round_stochastically(largest, torch.zeros(7, dtype=torch.int64), BF16)[0] == torch.finfo(BF16).max
+    tiny = torch.tensor([2.0**-24, 2.0**-26, 1.5 * 2.0**-24])
+    assert round_stochastically(tiny, torch.zeros(3, dtype=torch.int64), FP16).tolist() == [2.0**-24, 0.0, 2.0**-23]
+    exact_values = random(50, dtype=FP16).float()
+    assert torch.equal(round_stochastically(exact_values, torch.full((50,), 0x1FFF), FP16).float(), exact_values)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_named():
+    weight, left, right = problem(5, 4, 2, FP32)
+    before = weight.clone()
+    for error, match, args, options in [
+        (ValueError, r"left must have shape \(5, 2\) because weight is \(d_out, d_in\)", (left[:4], right), {}),
+        (ValueError, r"right must have shape \(4, 2\) because .* left has rank 2", (left, left), {}),
+        (ValueError, r"left must have shape \(4, 2\) because weight is stored", (left, right), {"transposed": True}),
+        (ValueError, r"left must have 2 dimensions, got shape \(5,\)", (left[:, 0], right), {}),
+        (ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'", (left, right), {"rounding": "up"}),
+        (ValueError, "alpha must be finite, got nan", (left, right), {"alpha": float("nan")}),
+        (ValueError, "out_norm must have one element", (left, right), {"out_norm": torch.zeros(2)}),
+        (TypeError, "out_norm must be float32 or float64", (left, right), {"out_norm": torch.zeros(1, dtype=BF16)}),
+        (TypeError, "left must be .*, got int64", (left.long(), right), {}),
+        (TypeError, "right must be a tensor, got NoneType", (left, None), {}),
+        (ValueError, "right must be on cpu like weight, got meta", (left, right.to("meta")), {}),
+    ]:
+        with pytest.raises(error, match="low_rank_update_: " + match):
+            low_rank_update_(weight, *args, **options)
+    with pytest.raises(ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right and 1 out_norm"):
+        low_rank_update_([weight], [left, left], [right])
+    with pytest.raises(TypeError, match="must be lists of tensors like weight"):
+        low_rank_update_([weight], left, [right])
+    assert torch.equal(weight, before)
+
+
+def test_a_bad_item_leaves_all_weights_as_they_were():
+    weights = [torch.zeros(3, 2), torch.zeros(3, 2)]
+    with pytest.raises(ValueError, match="right must have shape"):
+        low_rank_update_(weights, [torch.ones(3, 1)] * 2, [torch.ones(2, 1), torch.ones(3, 1)])
+    assert not weights[0].any()
+
+
+def test_shared_memory_is_refused():
+    weight = torch.zeros(6, 6)
+    with pytest.raises(ValueError, match="weight is written and must not share memory with left"):
+        low_rank_update_(weight, weight[:, :2], torch.ones(6, 2))
+    with pytest.raises(ValueError, match="several of its elements share one place"):
+        low_rank_update_(torch.zeros(6).expand(6, 6), torch.ones(6, 2), torch.ones(6, 2))
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    op = torch.ops.fastedit.low_rank_update_.default
+    weight, left, right = problem(5, 4, 2, BF16)
+    with backend.use_backend("torch"):
+        torch.library.opcheck(op, (weight, left, right))
+        torch.library.opcheck(op, (weight.T.contiguous(), left, right, 0.5, True, "stochastic", 3, torch.zeros(())))
+
+
+def test_compiles_into_one_graph():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(weight, left, right, norm):
+        low_rank_update_(weight, 2 * left, right, 0.5, out_norm=norm)
+        return weight.sum() + norm
+
+    weight, left, right = problem(5, 4, 2, FP32)
+    norm = torch.zeros(())
+    target, delta = exact(weight, left, right)
+    total = step(weight, left, right, norm)
+    assert relative_error(weight, target) < 1e-6
+    assert relative_error(norm, delta.norm()) < 1e-6
+    assert relative_error(total, target.sum() + delta.norm()) < 1e-5
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    d_out=st.integers(1, 20),
+    d_in=st.integers(1, 20),
+    rank=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+    alpha=st.floats(-4, 4, width=32),
+)
+def test_torch_and_the_automatic_choice_agree(d_out, d_in, rank, dtype, transposed, alpha):
+    weight, left, right = problem(d_out, d_in, rank, dtype, transposed=transposed)
+    target, _ = exact(weight, left, right, alpha, transposed)
+    for name in ("torch", None):
+        out = weight.clone()
+        if name is None:
+            low_rank_update_(out, left, right, alpha, transposed=transposed)
+        else:
+            with backend.use_backend(name):
+                low_rank_update_(out, left, right, alpha, transposed=transposed)
+        assert relative_error(out, target) < {BF16: 5e-3, FP16: 6e-4, FP32: 1e-6}[dtype]
+
+
+# ---- DualSolver -----------------------------------------------------------------------------------------
+
+
+def batches(d=300, n_batches=6, n=17, condition=1e7, ridge=1.0, seed=0):
+    """Feature batches for which εI + G Gᵀ has about the given condition number at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    total = n_batches * n
+    left, _ = torch.linalg.qr(torch.randn(d, total, dtype=FP64, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(total, total, dtype=FP64, generator=generator))
+    values = torch.logspace(0, np.log10(np.sqrt(condition * ridge)), total, dtype=FP64)
+    return list((left * values @ right).split(n, dim=1))
+
+
+def dense(stored, batch, ridge):
+    d = batch.shape[0]
+    system = ridge * torch.eye(d, dtype=FP64) + batch @ batch.T
+    if stored:
+        system += torch.cat(stored, dim=1) @ torch.cat(stored, dim=1).T
+    return torch.linalg.solve(system, batch)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 1e-3, 50.0])
+def test_dual_solve_equals_the_dense_solve_over_six_batches(ridge):
+    """LTE 8.1 for the kernel itself: d = 300, condition 1e7, six sequential batches, relative error < 1e-8."""
+    parts = batches(ridge=ridge)
+    solver = DualSolver(300, ridge)
+    residual = random(40, 17, seed=5).double()
+    for i, batch in enumerate(parts):
+        Y, factor = solver.solve(batch)
+        expected = dense(parts[:i], batch, ridge)
+        assert relative_error(Y @ torch.cholesky_inverse(factor), expected) < 1e-8
+        assert relative_error(solver.divide(residual, factor) @ Y.T, residual @ expected.T) < 1e-8
+        solver.append(batch)
+    features = torch.cat(parts, dim=1)
+    gram = ridge * torch.eye(features.shape[1], dtype=FP64) + features.T @ features
+    assert solver.rank == 6 * 17
+    assert torch.equal(solver.features, features)
+    assert relative_error(solver.factor @ solver.factor.T, gram) < 1e-12
+    assert torch.equal(solver.factor, solver.factor.tril())
+
+
+def test_dual_solve_with_float32_storage():
+    parts = batches(condition=1e3)
+    solver = DualSolver(300, 1.0, dtype=FP32)
+    for i, batch in enumerate(parts):
+        Y, factor = solver.solve(batch)
+        assert relative_error(Y @ torch.cholesky_inverse(factor), dense(parts[:i], batch, 1.0)) < 1e-4
+        solver.append(batch)
+    assert solver.features.dtype == FP32
+    assert solver.factor.dtype == FP64
+
+
+def test_repeated_features_are_covered_by_the_ridge():
+    batch = random(30, 4, seed=1).double()
+    solver = DualSolver(30, 0.1)
+    solver.append(batch)
+    solver.append(batch)
+    Y, factor = solver.solve(batch)
+    assert relative_error(Y @ torch.cholesky_inverse(factor), dense([batch, batch], batch, 0.1)) < 1e-10
+
+
+def test_truncating_restores_the_bits():
+    parts = batches(d=40, n_batches=3, n=5)
+    solver = DualSolver(40, 1.0)
+    solver.append(parts[0])
+    solver.append(parts[1])
+    before = {name: value.clone() for name, value in solver.state_dict().items()}
+    solver.append(parts[2])
+    solver.truncate(10)
+    after = solver.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first = solver.solve(parts[2])
+    solver.append(parts[2])
+    solver.truncate(10)
+    second = solver.solve(parts[2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(ValueError, match="k must be between 0 and 10, got 11"):
+        solver.truncate(11)
+
+
+def test_state_goes_on_where_it_was():
+    parts = batches(d=40, n_batches=3, n=5)
+    solver, other = DualSolver(40, 1.0), DualSolver(40, 1.0)
+    solver.append(parts[0])
+    solver.append(parts[1])
+    other.load_state_dict(solver.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(solver.solve(parts[2]), other.solve(parts[2]), strict=True))
+    other.append(parts[2])
+    assert solver.rank == 10
+    with pytest.raises(ValueError, match=r"the state has ridge 1.0, this solver 2.0"):
+        DualSolver(40, 2.0).load_state_dict(solver.state_dict())
+    with pytest.raises(ValueError, match=r"features must have shape \(41, 10\)"):
+        DualSolver(41, 1.0).load_state_dict(solver.state_dict())
+    with pytest.raises(KeyError, match="no 'factor'"):
+        other.load_state_dict({"features": parts[0]})
+
+
+def test_append_reuses_only_the_solve_of_the_same_values():
+    batch = random(12, 3, seed=1).double()
+    solver, other = DualSolver(12, 1.0), DualSolver(12, 1.0)
+    solver.solve(batch)
+    batch.mul_(2)
+    solver.append(batch)
+    other.append(batch.clone())
+    assert torch.equal(solver.factor, other.factor)
+
+
+def test_dual_solver_refuses():
+    for ridge in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ridge must be positive and finite"):
+            DualSolver(4, ridge)
+    with pytest.raises(ValueError, match="d must be at least 1"):
+        DualSolver(0, 1.0)
+    with pytest.raises(TypeError, match="dtype must be float64 or float32, got bfloat16"):
+        DualSolver(4, 1.0, dtype=BF16)
+    solver = DualSolver(4, 1.0)
+    with pytest.raises(ValueError, match=r"features must have shape \(4, 2\) to fit d, got \(5, 2\)"):
+        solver.solve(torch.ones(5, 2))
+    with pytest.raises(TypeError, match="features must be floating point, got int64"):
+        solver.solve(torch.ones(4, 2, dtype=torch.int64))
+    bad = torch.ones(4, 3)
+    bad[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="features must be finite, but column 2 of 3 is not"):
+        solver.append(bad)
+    assert solver.rank == 0
+
+
+def test_a_failed_factorisation_names_the_smallest_pivot_and_stores_nothing():
+    solver = DualSolver(3, 1e-30)
+    batch = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    with pytest.raises(fastedit.NumericalError, match=r"smallest pivot \S+ at column 1, ridge 1e-30.*raise the ridge"):
+        solver.append(batch)
+    assert solver.rank == 0
