@@ -62,11 +62,16 @@ def round_stochastically(x, words, T: tl.constexpr):
     """
     u = x.to(tl.uint32, bitcast=True)
     if T == tl.bfloat16:  # noqa: SIM300
-        cut = ((u + (words & 0xFFFF)) >> 16) << 16
+        out = (((u + (words & 0xFFFF)) >> 16) << 16).to(tl.float32, bitcast=True)
     else:
-        cut = ((u + (words & 0x1FFF)) >> 13) << 13
-    cut = tl.where((u & 0x7F800000) == 0x7F800000, u, cut)
-    return round_to(cut.to(tl.float32, bitcast=True), T)
+        out = (((u + (words & 0x1FFF)) >> 13) << 13).to(tl.float32, bitcast=True)
+        units = tl.abs(x) * 16777216.0  # under 2^-14 float16 is a grid of 2^-24
+        whole = tl.floor(units)
+        up = (units - whole) * 8192.0 >= 8192.0 - (words & 0x1FFF).to(tl.float32)
+        grid = tl.where(up, whole + 1.0, whole) * 5.9604644775390625e-8
+        signed = (grid.to(tl.uint32, bitcast=True) | (u & 0x80000000)).to(tl.float32, bitcast=True)
+        out = tl.where(tl.abs(x) < 6.103515625e-05, signed, out)
+    return round_to(tl.where((u & 0x7F800000) == 0x7F800000, x, out), T)
 
 
 @triton.jit

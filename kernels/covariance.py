@@ -71,7 +71,7 @@ def _covariance_kernel(
 
 
 # (architecture, bytes of an element of x, size class) -> tile, tokens a step, warps, pipeline stages.
-# A "small" problem has too few large tiles to fill a GPU, or a float64 cov, which takes registers. Chosen
+# "small": too few large tiles to fill a GPU; "double": a float64 cov, which takes more registers. Chosen
 # for no spills and for shared memory with Triton 3.6 and 3.9 (tests/compile/test_triton.py), not by timing.
 _CONFIG = {
     (0, 2, "small"): (32, 32, 1, 1),
@@ -82,8 +82,9 @@ _CONFIG = {
     (90, 2, "small"): (64, 64, 4, 4),
     (90, 2, "large"): (128, 64, 8, 4),
     (90, 4, "small"): (64, 32, 4, 3),
-    (120, 2, "small"): (64, 64, 4, 3),
-    (120, 4, "small"): (64, 16, 4, 3),
+    (120, 2, "small"): (64, 32, 4, 4),
+    (120, 2, "double"): (64, 64, 4, 3),
+    (120, 4, "small"): (64, 16, 8, 3),
 }
 _FALLBACK = {86: 80, 89: 80, 100: 90}
 _FLUSH_TOKENS = 1024
@@ -93,7 +94,7 @@ _FLOAT64_CHUNK = 32768  # tokens between additions to a float64 cov
 
 def configuration(architecture, x_dtype, cov_dtype, d):
     """Tile, tokens a step, warps and stages for an architecture, the two dtypes, and d."""
-    size = "large" if d >= _LARGE and cov_dtype == torch.float32 else "small"
+    size = "double" if cov_dtype == torch.float64 else "large" if d >= _LARGE else "small"
     architecture = _FALLBACK.get(architecture, architecture)
     small = _CONFIG[architecture, x_dtype.itemsize, "small"]
     return _CONFIG.get((architecture, x_dtype.itemsize, size), small)

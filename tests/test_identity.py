@@ -34,7 +34,9 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("code", ["import fastedit.ops", "from fastedit.cli.main import main", "import fastedit.models"])
+@pytest.mark.parametrize(
+    "code", ["import fastedit.ops", "from fastedit.cli.main import main", "import fastedit.models"]
+)
 def test_a_foreign_init_is_named_with_the_remedy(tmp_path: Path, code: str) -> None:
     folder = overwritten(tmp_path, "__version__ = '0.7.0'\n")
     result = python(code, folder)

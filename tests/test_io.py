@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from fastedit import CorruptFile
-from fastedit.io import atomic_directory, atomic_file, atomic_write_json, atomic_write_text, read_json, sha256_file
+from fastedit.io import (
+    atomic_directory,
+    atomic_file,
+    atomic_write_json,
+    atomic_write_text,
+    read_json,
+    sha256_file,
+)
 
 
 class Killed(BaseException):

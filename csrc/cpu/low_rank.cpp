@@ -37,14 +37,8 @@ FASTEDIT_INLINE void philox(const uint64_t* index, uint64_t seed, uint32_t word[
     word[1][n] = uint32_t(index[n] >> 32);
     word[2][n] = word[3][n] = 0;
   }
-  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
-    for (int n = 0; n < N; ++n) {
-      const uint64_t a = uint64_t(0xD2511F53u) * word[0][n], b = uint64_t(0xCD9E8D57u) * word[2][n];
-      word[0][n] = uint32_t(b >> 32) ^ word[1][n] ^ key0;
-      word[2][n] = uint32_t(a >> 32) ^ word[3][n] ^ key1;
-      word[1][n] = uint32_t(b);
-      word[3][n] = uint32_t(a);
-    }
+  for (int round = 0; round < 10; ++round, key0 += philox_key0_step, key1 += philox_key1_step)
+    for (int n = 0; n < N; ++n) philox_round(word[0][n], word[1][n], word[2][n], word[3][n], key0, key1);
 }
 
 // Random words of 32 consecutive stored columns, whose element indices are first + c * step.
@@ -65,22 +59,9 @@ FASTEDIT_INLINE void random_words(int64_t first, int64_t step, uint64_t seed, ui
   }
 }
 
-// A neighbour of value that the storage type holds exactly; low_rank.h has the definition.
 FASTEDIT_INLINE float stochastic(F32, float value, uint32_t) { return value; }
-
-FASTEDIT_INLINE float stochastic(BF16, float value, uint32_t word) {
-  const uint32_t u = bits_of(value), finite = (u & 0x7F800000u) != 0x7F800000u;
-  return float_from_bits(finite ? (u + (word & 0xFFFFu)) & 0xFFFF0000u : u);
-}
-
-FASTEDIT_INLINE float stochastic(F16, float value, uint32_t word) {
-  const uint32_t u = bits_of(value), sign = u & 0x80000000u, magnitude = u & 0x7FFFFFFFu;
-  if (magnitude >= 0x7F800000u) return value;
-  if (magnitude >= 0x38800000u) return float_from_bits((u + (word & 0x1FFFu)) & 0xFFFFE000u);
-  const float units = float_from_bits(magnitude) * 16777216.0f, whole = float(int(units));
-  const bool up = (units - whole) * 8192.0f >= float(8192 - int(word & 0x1FFFu));  // exact on both sides
-  return float_from_bits(sign | bits_of((whole + (up ? 1.0f : 0.0f)) * 5.9604644775390625e-8f));
-}
+FASTEDIT_INLINE float stochastic(BF16, float value, uint32_t word) { return stochastic_bf16(value, word); }
+FASTEDIT_INLINE float stochastic(F16, float value, uint32_t word) { return stochastic_f16(value, word); }
 
 // --- A tile --------------------------------------------------------------------------------------------------------
 

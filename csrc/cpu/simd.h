@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../stochastic.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,18 +23,6 @@
 #endif
 
 namespace fastedit::cpu {
-
-FASTEDIT_INLINE float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-FASTEDIT_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
 
 FASTEDIT_INLINE float from_bf16(uint16_t h) { return float_from_bits(uint32_t(h) << 16); }
 

@@ -292,6 +292,9 @@ class Edit:
         self._models = [weakref.ref(model) for model in models]
         return models
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_models": []}  # a copy is applied to nothing
+
     def _only_model(self) -> nn.Module:
         models = self.applied_to()
         if len(models) != 1:

@@ -120,7 +120,8 @@ def render(
 def settle(work: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Round a working copy to the matrix's dtype; returns (matrix, master or None)."""
     matrix = work.to(dtype)
-    if not torch.isfinite(matrix.sum(dtype=torch.float32)) and not torch.isfinite(matrix).all():
+    largest = torch.linalg.vector_norm(work, ord=float("inf")) if work.numel() else 0.0  # NaN if there is one
+    if not largest <= torch.finfo(dtype).max and not torch.isfinite(matrix).all():
         raise NumericalError(
             f"the edited matrix is not finite in {str(dtype).removeprefix('torch.')}: the edit is too "
             "large for "

@@ -159,7 +159,16 @@ def rewrite(source: Header, path: str | Path, replaced: Mapping[str, Tensor], ra
         path: the new file; not atomic by itself.
         replaced: tensor name → its new content.
         raw_header: the new header, describing the same tensors at the same places.
+
+    Raises:
+        ValueError: a replacement has another size than what it replaces.
     """
+    for name, tensor in replaced.items():
+        entry = source.entries[name]
+        if (_NAMES[tensor.dtype], tuple(tensor.shape)) != (entry.dtype, entry.shape):
+            raise ValueError(
+                f"rewrite: {name} must be {entry.dtype} of shape {entry.shape}, got {tensor.dtype}"
+            )
     with explained(path), open(source.path, "rb") as old, open(path, "wb") as file:
         old.seek(len(source.raw))
         file.write(raw_header)

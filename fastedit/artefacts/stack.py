@@ -356,7 +356,10 @@ class EditStack:
     def _require(self, edit: Edit) -> None:
         if edit not in self:
             on = ", ".join(other.id for other in self._edits) or "none"
-            raise FasteditError(f"{edit!r} is not on this model; on it: {on}")
+            raise FasteditError(
+                f"{edit!r} is not on this model; on it: {on}. An edit that is in the files of a model directory "
+                "is taken out with `fastedit revert MODEL_DIR`"
+            )
 
     # -- removing -----------------------------------------------------------------------------------
 

@@ -71,7 +71,6 @@ def save_edit(
         raise FasteditError(f"{edit!r} was never applied to a model: commit or apply it before saving it")
     directory = Path(directory)
     originals = _originals(edit) if keep_originals else None
-    files: dict[str, Any] = {}
     with explained(directory), atomic_directory(directory, overwrite=overwrite) as temporary:
         write_tensors(temporary / _FACTORS, _tensors(edit))
         if originals is not None:
@@ -82,8 +81,6 @@ def save_edit(
         }
         content = {"format": FORMAT, "version": VERSION, **edit.as_dict(), "files": files}
         atomic_write_json(temporary / _JSON, {**content, "sha256": _checksum(content)})
-    if originals is not None:
-        edit._originals = Originals(directory / _ORIGINALS, files[_ORIGINALS]["sha256"])
     return directory
 
 

@@ -28,12 +28,16 @@ def subcommand(subparsers: Any, name: str, help: str, description: str, examples
 
 def add_model_options(parser: Any) -> None:
     """Add ``MODEL``, ``--dtype`` and ``--device``."""
-    parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face name of a causal language model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or Hugging Face name of a causal language model"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="precision of the model; auto: as it was saved"
     )
     parser.add_argument(
-        "--device", default="auto", help='"auto", "cpu", "cuda:1", or "map" to spread a big model over devices'
+        "--device",
+        default="auto",
+        help='"auto", "cpu", "cuda:1", or "map" to spread a big model over devices',
     )
 
 

@@ -27,7 +27,9 @@ def add_parser(subparsers: Any) -> None:
         "before and after, also to a paraphrase and about an unrelated neighbour, and takes the edit back.",
         _EXAMPLES,
     )
-    parser.add_argument("--facts", type=int, default=10, metavar="N", help="how many facts, 1 to 10 (default: 10)")
+    parser.add_argument(
+        "--facts", type=int, default=10, metavar="N", help="how many facts, 1 to 10 (default: 10)"
+    )
     parser.add_argument("--method", default="memit", help="editing method (default: memit)")
     parser.set_defaults(run=run)
 
@@ -60,7 +62,8 @@ def demonstrate(method: str = "memit", n_facts: int = 10) -> dict[str, Any]:
         "answer": [fact.text for fact in facts],
         "paraphrase": [item["paraphrases"][0].replace("{}", item["subject"]) for item in suggestions],
         "neighbour": [
-            item["neighbours"][0]["prompt"].replace("{}", item["neighbours"][0]["subject"]) for item in suggestions
+            item["neighbours"][0]["prompt"].replace("{}", item["neighbours"][0]["subject"])
+            for item in suggestions
         ],
     }
     before = _look(model, tokenizer, prompts)

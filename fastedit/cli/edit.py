@@ -61,8 +61,18 @@ def add_editor_options(parser: Any) -> None:
     add("--params", metavar="FILE", help="hyper-parameters, a JSON file")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="single hyper-parameters")
     add("--stats", metavar="DIR", help="key statistics made by fastedit stats; default: collected and cached")
-    add("--profile", choices=("clean", "official", "paper"), default="clean", help="where code and papers differ")
-    add("--on-known", choices=("warn", "skip", "error"), default="warn", help="facts the model already answers")
+    add(
+        "--profile",
+        choices=("clean", "official", "paper"),
+        default="clean",
+        help="where code and papers differ",
+    )
+    add(
+        "--on-known",
+        choices=("warn", "skip", "error"),
+        default="warn",
+        help="facts the model already answers",
+    )
     add("--seed", type=int, default=0, help="of everything that is sampled (default: 0)")
 
 
@@ -111,7 +121,9 @@ def read_facts(args: argparse.Namespace) -> list[Fact]:
     facts = list(load_facts(args.facts)) if args.facts else []
     facts += [parse_fact(text) for text in args.fact]
     if not facts:
-        raise InvalidFact('no facts: give a file with --facts, or --fact "The capital of {France} is -> Lyon"')
+        raise InvalidFact(
+            'no facts: give a file with --facts, or --fact "The capital of {France} is -> Lyon"'
+        )
     facts = facts[: args.limit]
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
@@ -221,5 +233,3 @@ def _text(value: dict[str, Any], args: argparse.Namespace) -> str:
     else:
         lines.append(f"next:  fastedit apply {value['edits'][0]['folder']} --model {args.model}")
     return "\n".join(lines)
-
-

@@ -48,10 +48,10 @@ logger = logging.getLogger(__name__)
 class TrainSettings:
     """Sizes and schedule; the defaults are those of the packaged model."""
 
-    steps: int = 3000
-    rows: int = 8
+    steps: int = 4000
+    rows: int = 4
     block: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     final_learning_rate: float = 5e-5
     warmup: int = 100
     weight_decay: float = 0.05
@@ -454,7 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastedit.demo.train",
         description="Train the demo model from scratch and measure it.",
-        epilog="Example: python -m fastedit.demo.train --out /tmp/demo-model --steps 3000 --threads 2",
+        epilog="Example: python -m fastedit.demo.train --out /tmp/demo-model --steps 4000 --threads 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
@@ -473,7 +473,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save-every", type=int, default=defaults.save_every, help="steps between saves, 0 for none"
     )
-    parser.add_argument("--copy-until", type=float, default=defaults.copy_until, help="share of mostly copying")
+    parser.add_argument(
+        "--copy-until", type=float, default=defaults.copy_until, help="share of mostly copying"
+    )
     parser.add_argument("--easy-until", type=float, default=defaults.easy_until, help="share until all kinds")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of weights and texts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

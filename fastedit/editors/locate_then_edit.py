@@ -25,7 +25,7 @@ from ..facts import Fact, validate_facts
 from ..models.describe import ModelDescription
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
-from .base import Editor, Profile
+from .base import Editor
 from .prompts import FactRows, fact_rows
 from .solve import CovarianceFactor
 from .sweep import PromptSweep, weighted_mean
@@ -292,9 +292,7 @@ class LocateThenEdit(Editor):
         return moment
 
     @torch.no_grad()
-    def _known(
-        self, facts: list[Fact], rows: list[FactRows]
-    ) -> tuple[list[Fact], list[FactRows], list[int]]:
+    def _known(self, facts: list[Fact], rows: list[FactRows]) -> tuple[list[Fact], list[FactRows], list[int]]:
         """Find the facts whose target the model already gives, and treat them as ``on_known`` says."""
         bare = [row.targets[0] for row in rows]
         padded = pad_batch([row.ids for row in bare], pad_id=0)
@@ -329,7 +327,9 @@ class LocateThenEdit(Editor):
         known: list[int],
     ) -> Edit:
         factors = {
-            name: LowRank(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1))
+            name: LowRank(
+                torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1)
+            )
             for name, pairs in parts.items()
         }
         return Edit(

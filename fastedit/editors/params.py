@@ -22,9 +22,7 @@ def architecture_key(description: ModelDescription) -> str:
 
     GPT-2 XL is ``"gpt2/48x1600x6400"``.
     """
-    return (
-        f"{description.family}/{description.n_layers}x{description.hidden_size}x{description.projection(0).d_in}"
-    )
+    return f"{description.family}/{description.n_layers}x{description.hidden_size}x{description.projection(0).d_in}"
 
 
 def resolve_params(
@@ -50,13 +48,18 @@ def resolve_params(
     if values is None:
         values = kind.defaults_for(description)  # type: ignore[attr-defined]
         logger.info(
-            "no published %s settings for %s: chosen by its shape: %s", file, architecture_key(description), values
+            "no published %s settings for %s: chosen by its shape: %s",
+            file,
+            architecture_key(description),
+            values,
         )
     if isinstance(given, (str, Path)):
         given = read_json(given)
     if given is not None:
         if not isinstance(given, Mapping):
-            raise TypeError(f"params must be {kind.__name__}, a mapping or a JSON file, got {type(given).__name__}")
+            raise TypeError(
+                f"params must be {kind.__name__}, a mapping or a JSON file, got {type(given).__name__}"
+            )
         values = {**values, **given}
     return _checked(from_mapping(kind, values), description)
 

@@ -67,7 +67,9 @@ class Rome(LocateThenEdit):
         """Λ (d_out, 1) and u (d_in, 1)."""
         return self.rank_one(measured, direction_from=measured.keys, key=measured.bare_keys)
 
-    def rank_one(self, measured: LayerMeasurement, direction_from: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def rank_one(
+        self, measured: LayerMeasurement, direction_from: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The update that maps ``key`` to its value along the whitened ``direction_from``, both (d_in, 1)."""
         direction = direction_from.double()
         if self.params.use_covariance:

@@ -166,7 +166,9 @@ def _optimise_together(
     scale = initial.norm(dim=1)
     shift = torch.zeros_like(initial)
     moments = torch.zeros_like(shift), torch.zeros_like(shift)
-    losses = torch.full((len(chosen), objective.steps, 4), float("nan"), dtype=torch.float64, device=shift.device)
+    losses = torch.full(
+        (len(chosen), objective.steps, 4), float("nan"), dtype=torch.float64, device=shift.device
+    )
     reference: Tensor | None = None
 
     live = torch.arange(len(chosen), device=shift.device)
@@ -179,7 +181,9 @@ def _optimise_together(
             nll, log_p = _forward(runner, batch, delta, objective)
             if reference is None:
                 reference = log_p.detach()
-            kl = objective.kl_factor * F.kl_div(reference[live], log_p, log_target=True, reduction="none").sum(1)
+            kl = objective.kl_factor * F.kl_div(
+                reference[live], log_p, log_target=True, reduction="none"
+            ).sum(1)
             decay = objective.weight_decay * delta.norm(dim=1) / scale[live] ** 2
             loss = nll + kl + decay
             now = torch.stack((loss, nll, kl, decay), 1).detach().double()
@@ -252,7 +256,7 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
 
 
 def _at(hidden: Tensor, columns: Tensor) -> Tensor:
-    """hidden (rows, length, d) at columns (rows, m): a copy (rows, m, d)."""
+    """Hidden (rows, length, d) at columns (rows, m): a copy (rows, m, d)."""
     columns = columns.to(hidden.device)
     return hidden[torch.arange(len(columns), device=hidden.device)[:, None], columns]
 
@@ -281,7 +285,11 @@ def _prepare(
         calls = BlockCalls(recorded.states, [])
     states = recorded.states[index.to(recorded.states.device), :suffix]
 
-    scored, token, weight, owner, neutral = [], [], [], [], []
+    scored: list[int] = []
+    token: list[int] = []
+    weight: list[float] = []
+    owner: list[int] = []
+    neutral: list[int] = []
     for number, fact in enumerate(live.tolist()):
         fact_row = rows[chosen[fact]]
         contexts, target = fact_row.targets, fact_row.target
@@ -356,14 +364,12 @@ def _micro_batch(runner: BlockRunner, rows: Sequence[FactRows], objective: Value
     contexts = len(rows[0].targets) + 1
     suffix = max(len(row.ids) - row.subject_last for fact in rows for row in fact.targets)
     longest = max(len(row.ids) for fact in rows for row in fact.targets)
-    vocabulary = description.head.weight.shape[0]
+    vocabulary = next(description.head.parameters()).shape[0]
     upper = description.n_layers - objective.layer
     d_in = description.projection(objective.layer).d_in
     per_token = upper * (12 * description.hidden_size + 4 * d_in) * 4
     per_fact = contexts * suffix * per_token + contexts * longest * upper * 4 * description.hidden_size * 4
     per_fact += contexts * max(len(fact.target) for fact in rows) * vocabulary * 4 * 4
-    if runner.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(runner.device)[0] // 2
-    else:
-        budget = 1 << 30
+    on_gpu = runner.device.type == "cuda"
+    budget = int(torch.cuda.mem_get_info(runner.device)[0]) // 2 if on_gpu else 1 << 30
     return max(1, min(len(rows), budget // per_fact))

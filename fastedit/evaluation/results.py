@@ -239,8 +239,14 @@ class Report:
         lines = [["protocol", "metric", "n", *moments]]
         for protocol in dict.fromkeys(r.protocol for r in self.results if r.when != "checkpoint"):
             lines += self._lines(protocol, moments)
-        parts = [_aligned(lines), *self._notes()]
+        parts = [self._heading(), _aligned(lines), *self._notes()]
         return "\n".join(part for part in parts if part)
+
+    def _heading(self) -> str:
+        names = ("model", "dtype", "data", "n_records", "seed")
+        known = [f"{name} {self.meta[name]}" for name in names if self.meta.get(name) not in (None, "")]
+        unit = "scores in percent: mean ± standard error [95 % interval]"
+        return "\n".join(part for part in (", ".join(known), unit) if part)
 
     def _lines(self, protocol: str, moments: Sequence[str]) -> list[list[str]]:
         results = {r.when: r for r in self.results if r.protocol == protocol}

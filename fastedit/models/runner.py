@@ -96,7 +96,7 @@ class BlockRunner:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.description.embeddings.weight.device
+        return next(self.description.embeddings.parameters()).device
 
     # -- whole decoder ------------------------------------------------------------------------------
 

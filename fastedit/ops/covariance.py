@@ -127,11 +127,12 @@ def _covariance_torch(cov: Tensor, x: Tensor, mask: Tensor | None = None) -> Non
                     below.addmm_(chunk[:, j:].T, chunk[:, j : j + width])
                 else:
                     below += chunk[:, j:].T @ chunk[:, j : j + width]
-    for j in range(0, d, width):
-        k = min(j + width, d)
+    strip = 128 if x.device.type == "cpu" else 1024  # narrow ones stay in the cache while they are turned
+    for j in range(0, d, strip):
+        k = min(j + strip, d)
         corner = cov[j:k, j:k]
         corner.copy_(corner.tril() + corner.tril(-1).T)
-        cov[j:k, k:] = cov[k:, j:k].T
+        cov[j:k, k:] = cov[k:, j:k].contiguous().T
 
 
 def _covariance_compiled(cov: Tensor, x: Tensor, mask: Tensor | None = None) -> None:

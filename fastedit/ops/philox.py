@@ -58,9 +58,9 @@ def round_stochastically(value: Tensor, random: Tensor, dtype: torch.dtype) -> T
     """Round float32 up or down at random, with probabilities that keep the expected value.
 
     The low 16 (bfloat16) or 13 (float16) bits of the word are added to the bit pattern of ``value``, whose
-    low bits are then cut off. What is not finite is converted as it is. A float16 result under the smallest
-    normal number (6.1e-5) still has bits to lose after that and is rounded to nearest; a result past the
-    largest number becomes infinite, as it does when rounding to nearest.
+    low bits are then cut off. Under 2^-14, where float16 is a grid of 2^-24, the magnitude becomes
+    floor(abs(value) · 2^24 + low13 · 2^-13) · 2^-24, the same in effect. What is not finite is converted as it
+    is; a result past the largest number becomes infinite, as it does when rounding to nearest.
 
     Args:
         value: float32.
@@ -70,5 +70,11 @@ def round_stochastically(value: Tensor, random: Tensor, dtype: torch.dtype) -> T
     if dtype == torch.float32:
         return value
     low = 0xFFFF if dtype == torch.bfloat16 else 0x1FFF
-    bits = (value.view(torch.int32) + (random & low).to(torch.int32)) & ~low
-    return torch.where(value.isfinite(), bits.view(torch.float32), value).to(dtype)
+    added = random & low
+    out = ((value.view(torch.int32) + added.to(torch.int32)) & ~low).view(torch.float32)
+    if dtype == torch.float16:
+        units = value.abs() * 2.0**24
+        whole = units.floor()
+        up = (units - whole) * 8192 >= 8192 - added
+        out = torch.where(value.abs() < 2.0**-14, ((whole + up) * 2.0**-24).copysign(value), out)
+    return torch.where(value.isfinite(), out, value).to(dtype)

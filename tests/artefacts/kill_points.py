@@ -1,12 +1,14 @@
-"""Run one action on copies of a model directory, killed at every point where it changes the file system.
+"""Run actions on copies of a model directory, killed at every point where they change the file system.
 
-Called by test_on_disk.py as a program of its own, which has one thread and so may fork:
-``python kill_points.py WORKSPACE MODEL EDIT ACTION SIGNAL``, with the signal to send. Each child is stopped at
-its nth audit event on files; the copies are left in WORKSPACE, named by n, for the test to look at.
+Called by test_on_disk.py as a program of its own, which has one thread and so may fork. Standard input holds
+JSON: a list of ``{"workspace", "model", "edit", "action", "signal"}``. For each, a child gets the signal at its
+nth audit event that changes files, n = 1, 2, ... until one ends by itself. The copies are left in the
+workspace, named by n, for the test to look at; the finished one is called ``done``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -33,12 +35,13 @@ def child(action: str, model: Path, edit: Path, stop: int, number: int) -> None:
 
     def hook(event: str, args: tuple) -> None:
         nonlocal count
+        if event not in EVENTS or not str(args[0]).startswith(str(model)):
+            return
         if event == "open" and not (isinstance(args[2], int) and args[2] & WRITING):
             return
-        if event in EVENTS and str(args[0]).startswith(str(model)):
-            count += 1
-            if count == stop:
-                os.kill(os.getpid(), number)
+        count += 1
+        if count == stop:
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
     try:
@@ -48,13 +51,7 @@ def child(action: str, model: Path, edit: Path, stop: int, number: int) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    workspace, model, edit = (Path(argument) for argument in sys.argv[1:4])
-    action, number = sys.argv[4], signal.Signals[sys.argv[5]]
-    torch.set_num_threads(1)
-    import fastedit.artefacts
-
-    assert fastedit.artefacts.load_edit(edit)
+def kill_everywhere(workspace: Path, model: Path, edit: Path, action: str, number: int) -> None:
     for stop in range(1, 1000):
         copy = workspace / f"{stop:03d}"
         shutil.copytree(model, copy)
@@ -63,8 +60,21 @@ def main() -> None:
             child(action, copy, edit, stop, number)
         status = os.waitpid(pid, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            break
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 130, status
+            copy.rename(workspace / "done")
+            return
+        if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 130:
+            raise SystemExit(f"{action} in {copy} ended with status {status}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    import fastedit.artefacts
+
+    for job in json.load(sys.stdin):
+        workspace, model, edit = (Path(job[name]) for name in ("workspace", "model", "edit"))
+        fastedit.artefacts.load_edit(edit)  # so that children need not import anything
+        workspace.mkdir(parents=True)
+        kill_everywhere(workspace, model, edit, job["action"], signal.Signals[job["signal"]])
 
 
 if __name__ == "__main__":

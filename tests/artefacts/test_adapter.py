@@ -41,7 +41,7 @@ def test_adapter_gives_the_logits_of_the_edited_model(kind, count, make_model, m
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (kind == "gpt2")
     if count == 3:
-        layers = sorted(config["rank_pattern"].values()) + [config["r"]]
+        layers = [*sorted(config["rank_pattern"].values()), config["r"]]
         assert layers == [2, 5, 7]
 
 

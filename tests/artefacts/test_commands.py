@@ -61,7 +61,15 @@ def test_apply_list_revert(run, place) -> None:
 def test_show(run, place) -> None:
     path, edit_id = place
     text = run("show", path / "edit")
-    for part in (edit_id, "memit", "The capital of France is", "Lyon", "mlp.c_proj.weight", "16 x 40", "efficacy"):
+    for part in (
+        edit_id,
+        "memit",
+        "The capital of France is",
+        "Lyon",
+        "mlp.c_proj.weight",
+        "16 x 40",
+        "efficacy",
+    ):
         assert part in text
     assert max(len(line) for line in text.splitlines()) <= 110
     content = json.loads(run("show", path / "edit", "--json", "--facts"))

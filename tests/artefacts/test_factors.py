@@ -9,7 +9,9 @@ from fastedit.artefacts import LowRank
 
 def low_rank(d_out: int, d_in: int, rank: int, seed: int = 0) -> LowRank:
     generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(d_out, rank, generator=generator), torch.randn(d_in, rank, generator=generator))
+    return LowRank(
+        torch.randn(d_out, rank, generator=generator), torch.randn(d_in, rank, generator=generator)
+    )
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(7, 5, 3), (5, 7, 1), (4, 4, 0), (1, 9, 1)])

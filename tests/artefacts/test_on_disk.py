@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import fastedit
 from fastedit import BaseMismatch, CorruptFile, FasteditError, NumericalError
 from fastedit.artefacts import (
+    Edit,
+    LowRank,
     apply_to_directory,
     export,
     list_directory,
@@ -60,7 +62,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.
 class Case:
     """A model directory, and edits made one on top of the other in memory."""
 
-    def __init__(self, path: Path, kind: str, dtype: torch.dtype, shards: bool, make_model, make_edit) -> None:
+    def __init__(
+        self, path: Path, kind: str, dtype: torch.dtype, shards: bool, make_model, make_edit
+    ) -> None:
         self.model = make_model(kind, dtype)
         self.path = path / "model"
         self.model.save_pretrained(self.path, max_shard_size="6KB" if shards else "5GB")
@@ -180,7 +184,9 @@ def test_tied_weights_mixed_dtypes_and_missing_prefix(tmp_path, make_model, make
     assert files_of(directory) == before
 
 
-def test_edit_made_in_float32_fits_the_same_weights_in_half_precision(tmp_path, make_model, make_edit) -> None:
+def test_edit_made_in_float32_fits_the_same_weights_in_half_precision(
+    tmp_path, make_model, make_edit
+) -> None:
     half = make_model("llama", torch.bfloat16)
     half.save_pretrained(tmp_path / "model")
     wide = make_model("llama", torch.bfloat16).float()
@@ -189,6 +195,25 @@ def test_edit_made_in_float32_fits_the_same_weights_in_half_precision(tmp_path, 
     apply_to_directory(edit, tmp_path / "model")
     name = edit.weight_names[0]
     assert torch.equal(weights_of(tmp_path / "model")[name], wide.state_dict()[name].bfloat16())
+
+
+def test_tied_weight_stored_twice_is_changed_twice(tmp_path, make_model, make_edit) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    directory = tmp_path / "model"
+    model.save_pretrained(directory)
+    state = load_file(directory / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    before = files_of(directory)
+    change = LowRank(torch.randn(50, 2), torch.randn(16, 2))
+    edit = Edit(method="x", facts=make_edit(model).facts, factors={"lm_head.weight": change})
+    stack_of(model).push(edit)
+    apply_to_directory(edit, directory)
+    after = weights_of(directory)
+    assert torch.equal(after["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(after["model.embed_tokens.weight"], model.lm_head.weight)
+    revert_directory(directory)
+    assert files_of(directory) == before
 
 
 # ------------------------------------------------------------------ what is refused
@@ -225,7 +250,10 @@ def test_weights_changed_by_something_else_are_noticed(make_case) -> None:
     tensors[name][0, 0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     now = files_of(case.path)
-    for attempt in (lambda: revert_directory(case.path), lambda: apply_to_directory(case.edits[1], case.path)):
+    for attempt in (
+        lambda: revert_directory(case.path),
+        lambda: apply_to_directory(case.edits[1], case.path),
+    ):
         with pytest.raises(BaseMismatch, match="was changed by something else"):
             attempt()
         assert files_of(case.path) == now
@@ -295,7 +323,10 @@ def test_two_processes_at_once_are_refused(make_case) -> None:
     case = make_case()
     handle = os.open(case.path / ".fastedit.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    for attempt in (lambda: apply_to_directory(case.edits[0], case.path), lambda: revert_directory(case.path)):
+    for attempt in (
+        lambda: apply_to_directory(case.edits[0], case.path),
+        lambda: revert_directory(case.path),
+    ):
         with pytest.raises(FasteditError, match="another process is editing"):
             attempt()
     os.close(handle)
@@ -331,7 +362,6 @@ def test_full_disk_leaves_the_model_and_names_the_file(shards, make_case, monkey
         except FasteditError as error:
             assert "no space left" in str(error)  # noqa: PT017
             assert str(case.path) in str(error)  # noqa: PT017
-            assert same(weights_of(case.path), {n: t for n, t in weights_of(case.path).items()})
             monkeypatch.setattr(safetensors_file, "_write", write)
             kept = {n: d for n, d in files_of(case.path).items() if n in now}
             assert kept == now
@@ -344,48 +374,53 @@ def test_full_disk_leaves_the_model_and_names_the_file(shards, make_case, monkey
     assert files_of(case.path) == case.before
 
 
-def _kill_everywhere(tmp_path: Path, model: Path, edit: Path, action: str, number: str) -> list[Path]:
-    workspace = tmp_path / f"killed-{action}-{number}"
-    workspace.mkdir()
-    root = str(Path(fastedit.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    program = [sys.executable, "-P", str(Path(__file__).with_name("kill_points.py"))]
-    if sys.version_info < (3, 11):
-        program.remove("-P")
-    subprocess.run([*program, workspace, model, edit, action, number], check=True, env=environment)
-    return sorted(workspace.iterdir())
+def _kill_everywhere(case: Case, folder: Path, number: str) -> dict[str, Path]:
+    """Kill an application and two kinds of revert at every point; action → where the copies are."""
+    jobs = []
+    for action in ("apply", "last", "all"):
+        model = case.path if action == "apply" else folder / "apply" / "done"
+        job = {"workspace": folder / action, "model": model, "edit": case.edits[1], "action": action}
+        jobs.append({**{name: str(value) for name, value in job.items()}, "signal": number})
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(fastedit.__file__).parents[1]),
+    }
+    program = Path(__file__).with_name("kill_points.py")
+    subprocess.run([sys.executable, program], input=json.dumps(jobs), text=True, check=True, env=environment)
+    return {action: folder / action for action in ("apply", "last", "all")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGINT"])
 @pytest.mark.parametrize("shards", [False, True], ids=["single", "shards"])
 def test_killed_at_any_point_leaves_old_or_new_weights(shards, number, make_case, tmp_path) -> None:
     case = make_case(shards=shards)
-    states = {"none": weights_of(case.path)}
-    apply_to_directory(case.edits[0], case.path)
-    states["one"] = weights_of(case.path)
-    for action, former, later in (("apply", "one", "two"), ("last", "two", "one"), ("all", "two", "none")):
-        copies = _kill_everywhere(tmp_path, case.path, case.edits[1], action, number)
-        assert len(copies) > 15
-        states[later] = weights_of(copies[-1])
-        assert not same(states[former], states[later])
-        seen = [same(weights_of(copy), states[later]) for copy in copies]
-        for copy, new in zip(copies, seen, strict=True):
-            assert new or same(weights_of(copy), states[former]), copy
-            assert len(list_directory(copy)) == {"none": 0, "one": 1, "two": 2}[later if new else former]
+    states = [weights_of(case.path)]
+    for edit in case.edits[:2]:
+        apply_to_directory(edit, case.path)
+        states.append(weights_of(case.path))
+    revert_directory(case.path)
+    assert not same(states[0], states[1])
+    assert not same(states[1], states[2])
+    places = _kill_everywhere(case, tmp_path / "killed", number)
+    for action, former, later in (("apply", 1, 2), ("last", 2, 1), ("all", 2, 0)):
+        copies = sorted(path for path in places[action].iterdir() if path.name != "done")
+        assert len(copies) > 10
+        seen = []
+        for copy in [*copies, places[action] / "done"]:
+            weights = weights_of(copy)
+            seen.append(same(weights, states[later]))
+            assert seen[-1] or same(weights, states[former]), copy
+            assert len(list_directory(copy)) == (later if seen[-1] else former)
         assert seen == sorted(seen)
         assert seen[0] is False
         assert seen[-1] is True
         for copy in copies[:: max(1, len(copies) // 6)]:  # the next run tidies up, whatever was left
-            if list_directory(copy):
-                revert_directory(copy, "all")
-            else:
+            if not list_directory(copy):
                 apply_to_directory(case.edits[0], copy)
-                revert_directory(copy, "all")
+            revert_directory(copy, "all")
             assert files_of(copy) == case.before
-        if action == "apply":
-            apply_to_directory(case.edits[1], case.path)
-            assert same(weights_of(case.path), states["two"])
-    assert same(load_model(case.path).state_dict(), dict(case.model.state_dict())) is False
 
 
 # ------------------------------------------------------------------ export
@@ -396,7 +431,7 @@ def test_full_export_of_a_directory(shards, make_case, make_model, tmp_path) -> 
     case = make_case(shards=shards)
     out = export(case.edits, case.path, tmp_path / "out")
     assert files_of(case.path) == case.before
-    assert {n for n in files_of(out)} == set(case.before)
+    assert set(files_of(out)) == set(case.before)
     expected = case.in_memory([0, 1, 2], make_model, "llama")
     assert same(load_model(out).state_dict(), expected)
     assert list_directory(out) == []

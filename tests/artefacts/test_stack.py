@@ -49,7 +49,9 @@ def expected(model: nn.Module, before: dict, edits: list[Edit], masters: bool = 
 def test_edits_come_off_in_any_order(kind, dtype, order, make_model, make_edit, bits, assert_bits) -> None:
     model = make_model(kind, dtype)
     before = bits(model)
-    edits = [commit(model, make_edit(model, layers, seed=i)) for i, layers in enumerate([(0, 1), (1,), (1, 2)])]
+    edits = [
+        commit(model, make_edit(model, layers, seed=i)) for i, layers in enumerate([(0, 1), (1,), (1, 2)])
+    ]
     assert_bits(model, expected(model, before, edits))
     left = list(edits)
     for index in order:
@@ -72,7 +74,9 @@ def test_update_adds_left_times_right_transposed(kind, make_model, make_edit, bi
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_removal_uses_the_backend_of_the_application(backend, make_model, make_edit, bits, assert_bits) -> None:
+def test_removal_uses_the_backend_of_the_application(
+    backend, make_model, make_edit, bits, assert_bits
+) -> None:
     model = make_model("llama")
     try:
         with fastedit.use_backend(backend):
@@ -185,7 +189,9 @@ def test_change_by_somebody_else_is_noticed_before_anything_is_touched(
         lambda: stack.push(make_edit(model, (1,), seed=2), force=True),
         stack.check,
     ):
-        with pytest.raises(BaseMismatch, match=r"layers\.1\.mlp\.down_proj\.weight was changed by something else"):
+        with pytest.raises(
+            BaseMismatch, match=r"layers\.1\.mlp\.down_proj\.weight was changed by something else"
+        ):
             attempt()
         assert_bits(model, state)
     stack.forget()
@@ -224,7 +230,9 @@ def test_same_matrices_in_another_model_are_refused(make_model, make_edit) -> No
 def test_other_precision_and_other_shape_are_explained(make_model, make_edit) -> None:
     model = make_model("llama", torch.bfloat16)
     edit = commit(model, make_edit(model))
-    with pytest.raises(BaseMismatch, match="float32 here and was bfloat16: load the model with dtype=bfloat16"):
+    with pytest.raises(
+        BaseMismatch, match="float32 here and was bfloat16: load the model with dtype=bfloat16"
+    ):
         edit.apply(make_model("llama"))
     with pytest.raises(BaseMismatch, match="which this GPT2LMHeadModel does not have"):
         edit.apply(make_model("gpt2"))
@@ -254,11 +262,15 @@ def test_position_among_other_edits_is_checked(make_model, make_edit, bits, asse
     stack_of(other).clear()
     first.apply(other)
     third = commit(other, make_edit(other, seed=5))
-    with pytest.raises(BaseMismatch, match=f"the edits on it are {first.id}, {third.id}, and were {first.id}"):
+    with pytest.raises(
+        BaseMismatch, match=f"the edits on it are {first.id}, {third.id}, and were {first.id}"
+    ):
         second.apply(other)
 
 
-def test_edit_applies_where_its_predecessor_came_with_the_files(make_model, make_edit, assert_bits, bits) -> None:
+def test_edit_applies_where_its_predecessor_came_with_the_files(
+    make_model, make_edit, assert_bits, bits
+) -> None:
     model = make_model("llama")
     commit(model, make_edit(model, seed=0))
     middle = copy.deepcopy(model)

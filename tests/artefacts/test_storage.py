@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import json
 import logging
+import pickle
 import shutil
 
 import pytest
@@ -59,7 +61,7 @@ def test_round_trip(saved, make_model, bits, assert_bits) -> None:
 def test_revert_of_a_model_saved_with_the_edit(saved, make_model, bits, assert_bits, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, edit, directory = saved
+    model, _, directory = saved
     model.save_pretrained(tmp_path / "model")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
     loaded = load_edit(directory)
@@ -170,7 +172,9 @@ text = st.text(min_size=1, max_size=12).filter(lambda s: s.strip() and "{}" not 
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(subject=text, target=text, params=st.dictionaries(text, st.floats() | st.booleans() | text, max_size=3))
+@given(
+    subject=text, target=text, params=st.dictionaries(text, st.floats() | st.booleans() | text, max_size=3)
+)
 def test_any_text_and_parameters_survive(make_model, tmp_path, subject, target, params) -> None:
     model = make_model("llama")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -187,6 +191,14 @@ def test_any_text_and_parameters_survive(make_model, tmp_path, subject, target, 
     loaded = load_edit(edit.save(tmp_path / "edit", overwrite=True))
     assert loaded.as_dict() == edit.as_dict()
     assert loaded.facts == [fact]
+
+
+def test_copies_and_pickles_are_applied_to_nothing(saved) -> None:
+    _, edit, _ = saved
+    for other in (copy.deepcopy(edit), pickle.loads(pickle.dumps(edit))):
+        assert other.id == edit.id
+        assert other.applied_to() == []
+    assert len(edit.applied_to()) == 1
 
 
 def test_plain_values() -> None:

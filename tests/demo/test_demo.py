@@ -169,11 +169,11 @@ def test_model_answers_by_generation(loaded):
 
 
 def test_model_knows_its_facts(loaded):
-    assert demo.evaluate_recall(*loaded, sample=1200)["accuracy"] >= 0.95
+    assert demo.evaluate_recall(*loaded, sample=500)["accuracy"] >= 0.95
 
 
 def test_model_reads_facts_in_context(loaded):
-    measured = demo.evaluate_in_context(*loaded, sample=300)
+    measured = demo.evaluate_in_context(*loaded, sample=240)
     assert measured["accuracy"] >= 0.90
     assert measured["counterfactual"] >= 0.85
 

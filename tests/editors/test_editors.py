@@ -63,7 +63,9 @@ def test_edit_makes_targets_likelier_and_reverts_to_the_bits(method: str, family
         edit = make(method, model, params={"steps": 8, "lr": 0.02, "clamp": 2.0}).edit(FACTS[:2])
     except UnsupportedModel as error:
         pytest.skip(str(error))
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
     assert changed
     assert len(changed) == len(edit.factors)
     for outcome in edit.measured["facts"]:
@@ -161,7 +163,10 @@ BAD_BATCHES = {
     "no braces": (lambda: Fact("The capital of France is", "France", "Lyon"), "exactly one"),
     "empty target": (lambda: Fact("The capital of {} is", "France", " "), "target is empty"),
     "empty subject": (lambda: Fact("The capital of {} is", " ", "Lyon"), "subject is empty"),
-    "target equals old": (lambda: Fact("The capital of {} is", "France", "Paris", target_old=" Paris"), "equals"),
+    "target equals old": (
+        lambda: Fact("The capital of {} is", "France", "Paris", target_old=" Paris"),
+        "equals",
+    ),
 }
 
 
@@ -178,7 +183,10 @@ def test_a_fact_that_cannot_be_edited_is_refused_when_it_is_made(name: str) -> N
         ([], "no facts"),
         ([FACTS[0], FACTS[0]], "given twice"),
         ([FACTS[0], Fact("The capital of {} is", "France", "Nice")], "contradict"),
-        ([{"prompt": "The capital of Spain is", "subject": "France", "target_new": "Lyon"}], "does not occur"),
+        (
+            [{"prompt": "The capital of Spain is", "subject": "France", "target_new": "Lyon"}],
+            "does not occur",
+        ),
         ([{"prompt": "The capital of {} is", "subject": "France"}], "target_new"),
         ([Fact("The capital of {} is " + "very " * 200, "France", "Lyon")], "context holds"),
     ],

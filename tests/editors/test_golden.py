@@ -156,7 +156,5 @@ def test_edits_revert_to_the_original_bits(case: GoldenCase, run: dict[str, Any]
     fresh, _ = case.load_model()
     for edit in reversed(run["edits"]):
         edit.revert()
-    for (name, now), (_, then) in zip(
-        editor.model.named_parameters(), fresh.named_parameters(), strict=True
-    ):
+    for (name, now), (_, then) in zip(editor.model.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(now, then), name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import data_folder
 
+from fastedit.data import load_records
 from fastedit.evaluation.scoring import Pair, PairScore, Scorer, Unscorable
 
 PAIRS = [
@@ -110,3 +112,23 @@ def test_other_dtypes(tiny_llama, dtype):
 def test_batch_size_must_be_positive(tiny):
     with pytest.raises(ValueError, match="batch_size"):
         Scorer(*tiny, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizers/gpt2", "tokenizers/gpt-neox", "tokenizers/llama2", "factlm-llama"]
+)
+def test_targets_begin_where_the_prompt_ends(tiny_llama, name):
+    from transformers import AutoTokenizer
+
+    folder = data_folder("models", name)
+    records = load_records(data_folder("data", "counterfact", "counterfact-val.json.gz"), limit=150)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except ValueError as error:  # a tokenizer saved by a newer transformers
+        pytest.skip(str(error))
+    scorer = Scorer(tiny_llama[0], tokenizer)
+    for record in records:
+        encoded = scorer.encode(Pair(record.fact.text, record.fact.target_new))
+        assert encoded.start == len(tokenizer(record.fact.text)["input_ids"])
+        assert tokenizer.decode(encoded.ids[encoded.start :]).strip() == record.fact.target_new
+        assert scorer.encode(Pair(record.fact.text, record.fact.target_new, joined=False)).ids == encoded.ids

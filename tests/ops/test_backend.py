@@ -44,7 +44,8 @@ def test_table_covers_every_op_and_backend():
 def test_table_says_why_there_is_no_gpu():
     reasons = {row.backend: row.reason for row in backend.table() if row.op == "covariance_"}
     assert any(
-        said in reasons["cuda"] for said in ("no NVIDIA driver", "without CUDA kernels", "was not built", "_C")
+        said in reasons["cuda"]
+        for said in ("no NVIDIA driver", "without CUDA kernels", "was not built", "_C")
     )
     assert any(said in reasons["triton"] for said in ("no NVIDIA driver", "tests only", "not installed"))
 
@@ -92,7 +93,9 @@ def test_context_wins_over_environment(monkeypatch):
 def test_explicit_choice_that_cannot_serve_raises_before_writing():
     cov, x = small()
     with backend.use_backend("cuda"):
-        with pytest.raises(fastedit.BackendUnavailable, match="covariance_: backend 'cuda' was chosen by name") as said:
+        with pytest.raises(
+            fastedit.BackendUnavailable, match="covariance_: backend 'cuda' was chosen by name"
+        ) as said:
             covariance_(cov, x)
     assert "Able to: " in str(said.value)
     assert not cov.any()
@@ -115,7 +118,9 @@ def test_automatic_choice_without_the_extension_is_torch_and_warns_once(forget_r
     assert backend.served("covariance_") == "torch"
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 1
-    assert said[0].startswith("covariance_: torch serves on cpu, about 4 times slower than cpp, which cannot: fastedit._C")
+    assert said[0].startswith(
+        "covariance_: torch serves on cpu, about 4 times slower than cpp, which cannot: fastedit._C"
+    )
     assert cov[0, 0] == 6
 
 

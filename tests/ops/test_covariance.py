@@ -63,7 +63,9 @@ def expected(cov, x, mask=None):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize(("n_tokens", "d"), SHAPES)
-@pytest.mark.parametrize(("x_dtype", "cov_dtype"), list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("x_dtype", "cov_dtype"), list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_matches_float64(served_by, device, x_dtype, cov_dtype, n_tokens, d, masked):
     x, cov = tokens(n_tokens, d, x_dtype, device), symmetric(d, cov_dtype, device)
     skip_unsupported(served_by, cov, x)
@@ -84,7 +86,7 @@ def test_error_is_at_most_twice_that_of_torch(served_by, device):
     cov = torch.zeros(48, 48, device=device)
     covariance_(cov, x)
     by_torch = relative_error(x.cpu().float().T @ x.cpu().float(), reference)
-    assert relative_error(cov.cpu(), reference) <= 2 * by_torch + 1e-7
+    assert relative_error(cov.cpu(), reference) <= 2 * by_torch + 5e-7
 
 
 def test_second_run_gives_the_same_bits(served_by, device):
@@ -198,6 +200,44 @@ def test_many_tokens(n_tokens):
     assert relative_error(cov, expected(torch.zeros(40, 40), x)) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize("d", [4096, 6400, 11008, 14336])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])
+def test_real_sizes(name, d, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(5000, d, device="cuda", generator=generator).add_(0.1).to(dtype)
+    mask = torch.rand(5000, device="cuda", generator=generator) > 0.2
+    x[~mask] = float("nan")
+    reason = backend.missing(name, x.device, True)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    cov, reference = torch.zeros(d, d, device="cuda"), torch.zeros(d, d, dtype=FP64, device="cuda")
+    covariance_reference(reference, x, mask)
+    with backend.use_backend(name):
+        covariance_(cov, x, mask)
+    assert ((cov - reference).norm() / reference.norm()).item() < 1e-5
+    assert torch.equal(cov, cov.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+def test_rows_more_than_2_gib_apart(name):
+    reason = backend.missing(name, torch.device("cuda"), True)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    stride = (1 << 30) + 64  # elements of two bytes
+    if torch.cuda.mem_get_info()[0] < 4 * 2 * stride:
+        pytest.skip("needs 9 GB of free GPU memory")
+    store = torch.empty(2 * stride + 96, dtype=BF16, device="cuda")
+    x = store.as_strided((3, 96), (stride, 1))
+    x.copy_(tokens(3, 96, BF16, "cuda"))
+    cov = torch.zeros(96, 96, device="cuda")
+    with backend.use_backend(name):
+        covariance_(cov, x)
+    assert relative_error(cov.cpu(), expected(torch.zeros(96, 96), x)) < 1e-5
+
+
 # ---- what is refused ------------------------------------------------------------------------------------
 
 
@@ -212,8 +252,15 @@ def refused(error, match, cov, x, mask=None):
 def test_wrong_arguments_are_named():
     cov, x = torch.zeros(4, 4), torch.ones(3, 4)
     refused(ValueError, r"covariance_: cov must be a square matrix, got shape \(4, 5\)", torch.zeros(4, 5), x)
-    refused(ValueError, r"covariance_: x must have shape \(..., 4\) to fit cov, got \(3, 5\)", cov, torch.ones(3, 5))
-    refused(ValueError, r"covariance_: x must have shape \(..., 4\) to fit cov, got \(\)", cov, torch.tensor(1.0))
+    refused(
+        ValueError,
+        r"covariance_: x must have shape \(..., 4\) to fit cov, got \(3, 5\)",
+        cov,
+        torch.ones(3, 5),
+    )
+    refused(
+        ValueError, r"covariance_: x must have shape \(..., 4\) to fit cov, got \(\)", cov, torch.tensor(1.0)
+    )
     mask = torch.ones(2, dtype=torch.bool)
     refused(
         ValueError,
@@ -239,7 +286,9 @@ def test_a_bad_layer_leaves_all_layers_as_they_were():
 def test_shared_memory_is_refused():
     store = torch.zeros(8, 4)
     refused(ValueError, "cov is written and must not share memory with x: pass a clone", store[:4], store)
-    refused(ValueError, "several of its elements share one place", torch.zeros(1).expand(3, 3), torch.ones(2, 3))
+    refused(
+        ValueError, "several of its elements share one place", torch.zeros(1).expand(3, 3), torch.ones(2, 3)
+    )
     covariance_(store[:4], store[4:])  # disjoint parts of one storage are fine
 
 
@@ -249,7 +298,9 @@ def test_shared_memory_is_refused():
 def test_opcheck():
     op = torch.ops.fastedit.covariance_.default
     with backend.use_backend("torch"):
-        torch.library.opcheck(op, (torch.zeros(5, 5), torch.ones(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)))
+        torch.library.opcheck(
+            op, (torch.zeros(5, 5), torch.ones(2, 3, 5), torch.ones(2, 3, dtype=torch.bool))
+        )
         torch.library.opcheck(op, (torch.zeros(5, 5, dtype=FP64), torch.ones(3, 5, dtype=BF16), None))
 
 
@@ -299,7 +350,11 @@ def test_fake_tensors_are_checked_and_not_computed():
 )
 def test_any_input_agrees_with_the_reference(n_tokens, d, x_dtype, cov_dtype, keep, seed):
     x, cov = tokens(n_tokens, d, x_dtype, seed=seed), symmetric(d, cov_dtype)
-    mask = None if keep is None else torch.tensor([bool(keep >> i & 1) for i in range(n_tokens)], dtype=torch.bool)
+    mask = (
+        None
+        if keep is None
+        else torch.tensor([bool(keep >> i & 1) for i in range(n_tokens)], dtype=torch.bool)
+    )
     reference = expected(cov, x, mask)
     for name in ("torch", None):
         out = cov.clone()

@@ -94,7 +94,10 @@ def test_views_and_surroundings(served_by, device, dtype):
         "offset": (store[2:22, 3:15], False),
         "every second row": (torch.full((40, 12), float("nan"), dtype=dtype, device=device)[::2], False),
         "column major": (torch.full((15, 20), float("nan"), dtype=dtype, device=device).T[:, 1:13], False),
-        "column major, stored in_out": (torch.full((20, 15), float("nan"), dtype=dtype, device=device).T[2:14], True),
+        "column major, stored in_out": (
+            torch.full((20, 15), float("nan"), dtype=dtype, device=device).T[2:14],
+            True,
+        ),
     }
     for name, (view, transposed) in views.items():
         view.copy_(random(*view.shape, seed=5))
@@ -171,6 +174,26 @@ def test_second_run_gives_the_same_bits(served_by, device):
     assert torch.equal(weight, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "rank"), [(4096, 14336, 100), (1600, 6400, 1), (4096, 11008, 1000)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_real_sizes(name, d_out, d_in, rank, dtype):
+    reason = backend.missing(name, torch.device("cuda"), True)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    weight, left, right = problem(d_out, d_in, rank, dtype, "cuda")
+    target, _ = exact(weight, left, right, 0.02)
+    norm = torch.zeros((), device="cuda")
+    with backend.use_backend(name):
+        low_rank_update_(weight, left, right, 0.02, out_norm=norm)
+    best = relative_error(target.to(dtype), target)
+    assert relative_error(weight.cpu(), target) < 1.01 * best + 2e-6
+    assert norm > 0
+
+
 # ---- stochastic rounding --------------------------------------------------------------------------------
 
 
@@ -238,10 +261,14 @@ def test_stochastic_rounding_at_the_ends_of_the_range():
     assert out[:4].float().tolist() == [float("inf"), float("-inf"), float("inf"), float("-inf")]
     assert out[4].isnan()
     assert round_stochastically(largest, torch.zeros(7, dtype=torch.int64), BF16)[0] == torch.finfo(BF16).max
-    tiny = torch.tensor([2.0**-24, 2.0**-26, 1.5 * 2.0**-24])
-    assert round_stochastically(tiny, torch.zeros(3, dtype=torch.int64), FP16).tolist() == [2.0**-24, 0.0, 2.0**-23]
+    tiny = torch.tensor([2.0**-24, -(2.0**-26), 1.5 * 2.0**-24])
+    down, up = torch.zeros(3, dtype=torch.int64), torch.full((3,), 0x1FFF)
+    assert round_stochastically(tiny, down, FP16).tolist() == [2.0**-24, 0.0, 2.0**-24]
+    assert round_stochastically(tiny, up, FP16).tolist() == [2.0**-24, -(2.0**-24), 2.0**-23]
     exact_values = random(50, dtype=FP16).float()
-    assert torch.equal(round_stochastically(exact_values, torch.full((50,), 0x1FFF), FP16).float(), exact_values)
+    assert torch.equal(
+        round_stochastically(exact_values, torch.full((50,), 0x1FFF), FP16).float(), exact_values
+    )
 
 
 # ---- what is refused ------------------------------------------------------------------------------------
@@ -251,21 +278,43 @@ def test_wrong_arguments_are_named():
     weight, left, right = problem(5, 4, 2, FP32)
     before = weight.clone()
     for error, match, args, options in [
-        (ValueError, r"left must have shape \(5, 2\) because weight is \(d_out, d_in\)", (left[:4], right), {}),
+        (
+            ValueError,
+            r"left must have shape \(5, 2\) because weight is \(d_out, d_in\)",
+            (left[:4], right),
+            {},
+        ),
         (ValueError, r"right must have shape \(4, 2\) because .* left has rank 2", (left, left), {}),
-        (ValueError, r"left must have shape \(4, 2\) because weight is stored", (left, right), {"transposed": True}),
+        (
+            ValueError,
+            r"left must have shape \(4, 2\) because weight is stored",
+            (left, right),
+            {"transposed": True},
+        ),
         (ValueError, r"left must have 2 dimensions, got shape \(5,\)", (left[:, 0], right), {}),
-        (ValueError, "rounding must be 'nearest' or 'stochastic', got 'up'", (left, right), {"rounding": "up"}),
+        (
+            ValueError,
+            "rounding must be 'nearest' or 'stochastic', got 'up'",
+            (left, right),
+            {"rounding": "up"},
+        ),
         (ValueError, "alpha must be finite, got nan", (left, right), {"alpha": float("nan")}),
         (ValueError, "out_norm must have one element", (left, right), {"out_norm": torch.zeros(2)}),
-        (TypeError, "out_norm must be float32 or float64", (left, right), {"out_norm": torch.zeros(1, dtype=BF16)}),
+        (
+            TypeError,
+            "out_norm must be float32 or float64",
+            (left, right),
+            {"out_norm": torch.zeros(1, dtype=BF16)},
+        ),
         (TypeError, "left must be .*, got int64", (left.long(), right), {}),
         (TypeError, "right must be a tensor, got NoneType", (left, None), {}),
         (ValueError, "right must be on cpu like weight, got meta", (left, right.to("meta")), {}),
     ]:
         with pytest.raises(error, match="low_rank_update_: " + match):
             low_rank_update_(weight, *args, **options)
-    with pytest.raises(ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right and 1 out_norm"):
+    with pytest.raises(
+        ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right and 1 out_norm"
+    ):
         low_rank_update_([weight], [left, left], [right])
     with pytest.raises(TypeError, match="must be lists of tensors like weight"):
         low_rank_update_([weight], left, [right])
@@ -295,7 +344,9 @@ def test_opcheck():
     weight, left, right = problem(5, 4, 2, BF16)
     with backend.use_backend("torch"):
         torch.library.opcheck(op, (weight, left, right))
-        torch.library.opcheck(op, (weight.T.contiguous(), left, right, 0.5, True, "stochastic", 3, torch.zeros(())))
+        torch.library.opcheck(
+            op, (weight.T.contiguous(), left, right, 0.5, True, "stochastic", 3, torch.zeros(()))
+        )
 
 
 def test_compiles_into_one_graph():
@@ -465,6 +516,8 @@ def test_dual_solver_refuses():
 def test_a_failed_factorisation_names_the_smallest_pivot_and_stores_nothing():
     solver = DualSolver(3, 1e-30)
     batch = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    with pytest.raises(fastedit.NumericalError, match=r"smallest pivot \S+ at column 1, ridge 1e-30.*raise the ridge"):
+    with pytest.raises(
+        fastedit.NumericalError, match=r"smallest pivot \S+ at column 1, ridge 1e-30.*raise the ridge"
+    ):
         solver.append(batch)
     assert solver.rank == 0
