@@ -60,20 +60,22 @@ install_editable() {
 export -f machine install_editable
 export root linked
 
-LINES_SHOWN=6 step machine 60 bash -c machine
-LINES_SHOWN=4 step build 240 bash -c install_editable
+LINES_SHOWN=6 step machine 30 bash -c machine
+LINES_SHOWN=4 step build 180 bash -c install_editable
 if [ -d "$linked" ]; then export PYTHONPATH=$linked${PYTHONPATH:+:$PYTHONPATH}; fi
-LINES_SHOWN=20 step info 60 python3 -c '
+LINES_SHOWN=20 step info 40 python3 -c '
 from fastedit.ops import backend
 for row in backend.table():
-    print(f"{row.op:20} {row.backend:7} {row.device:5} {\"yes\" if row.available else row.reason}")'
+    print(row.op.ljust(20), row.backend.ljust(7), row.device.ljust(5), "yes" if row.available else row.reason)'
 tests=(tests/ops)
 [ -d tests/csrc ] && tests+=(tests/csrc)
-LINES_SHOWN=30 step tests 240 python3 -m pytest -q --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
+workers=()  # kernels compile at their first launch: several processes shorten that
+python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+LINES_SHOWN=30 step tests 160 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
 extra=()
 [ -n "${QUICK:-}" ] && extra=(--quick)
 for stem in covariance low_rank; do
-  LINES_SHOWN=70 step "bench_$stem" 150 python3 "bench/$stem.py" --device cuda --out "$out" "${extra[@]}"
+  LINES_SHOWN=70 step "bench_$stem" 95 python3 "bench/$stem.py" --device cuda --out "$out" "${extra[@]}"
 done
 
 echo "== summary (details in $out)"

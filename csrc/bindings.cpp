@@ -147,10 +147,6 @@ Isa isa_of(const py::object& name, Isa preferred) {
 
 // --- CUDA ----------------------------------------------------------------------------------------------------------
 
-[[noreturn]] void no_cuda_kernels() {
-  throw std::runtime_error("built without CUDA kernels (" FASTEDIT_NO_CUDA_REASON ")");
-}
-
 #if defined(FASTEDIT_WITH_CUDA)
 
 void check_status(const char* operation, int status) {
@@ -187,6 +183,10 @@ void low_rank_cuda(const TensorView& weight, const TensorView& left, const Tenso
 }
 
 #else
+
+[[noreturn]] void no_cuda_kernels() {
+  throw std::runtime_error("built without CUDA kernels (" FASTEDIT_NO_CUDA_REASON ")");
+}
 
 void covariance_cuda(const TensorView&, const TensorView&, const TensorView*, void*) { no_cuda_kernels(); }
 void low_rank_cuda(const TensorView&, const TensorView&, const TensorView&, const LowRankOptions&, const TensorView*,

@@ -66,10 +66,9 @@ class GoldenCase:
             return {layer: torch.from_numpy(stored[f"cov_L{layer}"]) for layer in self.data["layers"]}
 
     def load_model(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from fastedit.cli.common import load_model
 
-        model = AutoModelForCausalLM.from_pretrained(self.model_folder)
-        return model.eval(), AutoTokenizer.from_pretrained(self.model_folder)
+        return load_model(str(self.model_folder), device="cpu")
 
 
 def fact_of(request: dict[str, Any]) -> Fact:

@@ -26,7 +26,8 @@ def overwritten(folder: Path, init: str) -> Path:
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
@@ -54,13 +55,15 @@ def test_another_distribution_beside_ours_is_warned_about(tmp_path: Path) -> Non
     assert "pyfastedit also provides a package called fastedit" in result.stderr
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(tmp_path: Path) -> None:
     """No transformers, no triton, no CUDA context, no subpackages."""
     code = (
         "import fastedit, sys, torch; heavy = {'transformers', 'triton', 'fastedit.editors', 'fastedit._C'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules); assert not torch.cuda.is_initialized()"
     )
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 

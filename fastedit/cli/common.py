@@ -64,7 +64,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         raise FasteditError(f"{name} holds no config.json: it is not the folder of a model")
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise FasteditError(f"cannot load the model {name}: {error}") from error
@@ -72,6 +72,23 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(automatic if device == "auto" else device)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a model's tokenizer; one that was saved by a newer transformers is read from its tokenizer.json.
+
+    Raises:
+        OSError, ValueError: there is none, or it cannot be read.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except ValueError:
+        # Older versions do not know the class name that version 5 writes for the same file.
+        if not (Path(name) / "tokenizer.json").exists():
+            raise
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name)
 
 
 def model_folder(name: str) -> Path:

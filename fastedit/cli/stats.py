@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FasteditError
+from . import common
 from ._table import table
 
 if TYPE_CHECKING:
@@ -112,15 +113,16 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from ..stats import read_texts
     from ..stats.cache import cache_place, collect_and_save, load_cached, neutral_texts
-    from ..stats.distributed import joined
+    from ..stats.distributed import joined, local_device
 
     if args.out is None and args.format != "fastedit":
         raise ValueError(
             f"--format {args.format} writes where that library looks: give its folder with --out"
         )
     texts: Any = read_texts(*args.texts) if args.texts else neutral_texts()
+    device = str(local_device()) if args.device == "auto" else args.device
     with joined() as group:
-        model, tokenizer = _load(args)
+        model, tokenizer = common.load_model(args.model, args.dtype, device)
         layers = _layers(args.layers, model)
         settings = _settings(args)
         if args.out is None:
@@ -158,27 +160,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.seed is not None:
         settings.update(shuffle=True, seed=args.seed)
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    from ..stats.distributed import local_device
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
-    if args.device == "map":
-        options["device_map"] = "auto"
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
-    except OSError as error:
-        raise ValueError(f"cannot load the model {args.model}: {error}") from error
-    if args.device != "map":
-        model.to(local_device() if args.device == "auto" else torch.device(args.device))
-    return model.eval(), tokenizer
 
 
 def _layers(text: str | None, model: Any) -> list[int]:

@@ -39,7 +39,7 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 """Folder of the packaged model, for ``from_pretrained``."""
 
 _SUGGESTIONS = (
-    ("capital", "France", "Lyon"),
+    ("capital", "France", "Rome"),
     ("author", "Hamlet", "Charles Dickens"),
     ("language", "Brazil", "Japanese"),
     ("symbol", "gold", "Zn"),

@@ -318,7 +318,7 @@ def train(
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
-        model = LlamaForCausalLM.from_pretrained(init, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(init).float()
     model.train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]

@@ -76,7 +76,7 @@ class Provider:
             return reason
         if self.devices and device.type not in self.devices and not (explicit and self.backend == "triton"):
             return f"takes {_check.one_of(self.devices)} tensors, got {device.type}"
-        dtype = tensors[self.key].dtype
+        dtype = tensors[min(self.key, len(tensors) - 1)].dtype
         if self.dtypes and dtype not in self.dtypes:
             return f"does not take {_check.name_of(dtype)}"
         return ""
@@ -84,7 +84,7 @@ class Provider:
     def speed_for(self, tensors: Sequence[Tensor]) -> float:
         """Expected speed relative to the torch backend."""
         if isinstance(self.speed, Mapping):
-            return self.speed.get(tensors[self.key].dtype, 1.0)
+            return self.speed.get(tensors[min(self.key, len(tensors) - 1)].dtype, 1.0)
         return self.speed
 
 

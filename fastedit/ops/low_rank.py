@@ -262,6 +262,7 @@ def _low_rank_update_triton(
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# Speeds relative to the torch backend: measured on one core with AVX-512 for cpp, estimated for GPUs.
 backend.provide(
     "low_rank_update_",
     "cpp",

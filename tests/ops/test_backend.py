@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastedit
-from fastedit.ops import backend, check, covariance_
+from fastedit.ops import backend, check, covariance_, low_rank_update_
 
 CPU = torch.device("cpu")
 
@@ -111,17 +111,17 @@ def test_explicit_backend_that_does_not_implement_the_op_raises(monkeypatch):
 
 def test_automatic_choice_without_the_extension_is_torch_and_warns_once(forget_reasons, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fastedit._C", None)  # import raises ModuleNotFoundError
-    cov = torch.zeros(3, 3)
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING, logger="fastedit.ops"):
         for _ in range(3):
-            covariance_(cov, torch.ones(2, 3, dtype=torch.bfloat16))
-    assert backend.served("covariance_") == "torch"
+            low_rank_update_(weight, torch.ones(3, 1), torch.ones(2, 1))
+    assert backend.served("low_rank_update_") == "torch"
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 1
     assert said[0].startswith(
-        "covariance_: torch serves on cpu, about 4 times slower than cpp, which cannot: fastedit._C"
+        "low_rank_update_: torch serves on cpu, about 3 times slower than cpp, which cannot: fastedit._C"
     )
-    assert cov[0, 0] == 6
+    assert (weight == 3).all()
 
 
 def test_a_cheap_fallback_does_not_warn(forget_reasons, monkeypatch, caplog):

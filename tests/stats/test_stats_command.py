@@ -110,9 +110,9 @@ def test_mistakes_are_told_plainly(options, message, model_folder, texts, capsys
     assert "Traceback" not in captured.err
 
 
-def test_missing_model_is_told_plainly(tmp_path, capsys):
-    assert command(tmp_path / "nothing") == 2
-    assert "cannot load the model" in capsys.readouterr().err
+def test_missing_model_is_told_plainly(tmp_path):
+    with pytest.raises(FasteditError, match="cannot load the model"):
+        command(tmp_path / "nothing")
 
 
 def test_damaged_texts_are_an_error_of_fastedit(model_folder, tmp_path):
