@@ -27,10 +27,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = ("80", "86", "89", "90a", "100", "120+PTX")
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-# GCC's own AVX-512 headers set these off.
-CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own AVX-512 headers set these off
 # What the compiler must be able to do, beyond existing: C++17 with its library, and CPython's headers.
-PROBE = "#include <Python.h>\n#include <cstdint>\n#include <vector>\nint main() { return std::vector<int>().size(); }\n"
+PROBE = """#include <Python.h>
+#include <vector>
+int main() { return int(std::vector<int>().size()); }
+"""
 
 
 class Unavailable(Exception):
@@ -46,10 +48,12 @@ def wanted(name: str) -> str:
 
 
 def say(text: str) -> None:
+    """One line to the user; pip shows it with -v."""
     print(f"fastedit: {text}", file=sys.stderr, flush=True)
 
 
 def last_lines(text: str, n: int = 3) -> str:
+    """The end of a compiler's message, on one line."""
     return " | ".join(line.strip() for line in text.strip().splitlines()[-n:])
 
 
@@ -57,7 +61,8 @@ def last_lines(text: str, n: int = 3) -> str:
 
 
 def python_include() -> list[str]:
-    return [f"-I{path}" for path in sorted({sysconfig.get_path("include"), sysconfig.get_path("platinclude")})]
+    """Flags for CPython's headers."""
+    return [f"-I{path}" for path in sorted({sysconfig.get_path(n) for n in ("include", "platinclude")})]
 
 
 def probe(cxx: str, flags: list[str]) -> str | None:
@@ -65,7 +70,8 @@ def probe(cxx: str, flags: list[str]) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(PROBE)
-        command = [*cxx.split(), *CXX_FLAGS, *flags, *python_include(), "-c", str(source), "-o", f"{source}.o"]
+        command = [*cxx.split(), *CXX_FLAGS, *flags, *python_include()]
+        command += ["-c", str(source), "-o", f"{source}.o"]
         try:
             run = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -104,12 +110,14 @@ def find_nvcc() -> str:
 
 def toolkit_root(nvcc: str) -> Path:
     """The folder of the toolkit; nvcc on PATH may be a wrapper, a dry run prints where the toolkit really is."""
-    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
     top = next((line[7:].strip() for line in said.splitlines() if line.startswith("#$ TOP=")), None)
     return Path(top or Path(nvcc).resolve().parent.parent).resolve()
 
 
 def static_cudart(nvcc: str) -> Path:
+    """The CUDA runtime that goes into the module; raises Unavailable if the toolkit lacks it."""
     top = toolkit_root(nvcc)
     for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (top / sub / "libcudart_static.a").exists():
@@ -134,6 +142,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def gencode(archs: list[str]) -> list[str]:
+    """Flags of nvcc for architectures: machine code for each, and PTX where asked."""
     flags = []
     for arch in archs:
         cc = arch.removesuffix("+PTX")
@@ -144,6 +153,7 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def version() -> str:
+    """The package's version, which the module repeats so that a stale one is noticed."""
     scope: dict[str, str] = {}
     exec((ROOT / "fastedit" / "_version.py").read_text(), scope)
     return scope["__version__"]
@@ -153,6 +163,7 @@ class NinjaBuild(build_ext):
     """Compiles csrc/ into fastedit._C with ninja: g++ for .cpp, nvcc for .cu."""
 
     def run(self) -> None:
+        """Build, or say why not and leave a package of pure Python."""
         try:
             super().run()
         except Unavailable as reason:
@@ -161,6 +172,7 @@ class NinjaBuild(build_ext):
             say(f"installing without compiled kernels, torch and Triton serve instead: {reason}")
 
     def build_extension(self, ext: Extension) -> None:
+        """Build with CUDA if possible, otherwise without; raises Unavailable if neither works."""
         cxx, openmp = find_cxx()
         try:
             import ninja  # noqa: F401
@@ -187,8 +199,9 @@ class NinjaBuild(build_ext):
             archs = cuda_archs(nvcc)
             libraries = [str(static_cudart(nvcc)), "-ldl", "-lrt", "-lpthread"]
             threads = os.environ.get("NVCC_THREADS", "2")
-            cuda = [nvcc, "-O3", "-std=c++17", f"--threads={threads}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            cuda += ["--expt-relaxed-constexpr", "-Xfatbin", "-compress-all", *include, *gencode(archs)]
+            cuda = [nvcc, "-O3", "-std=c++17", f"--threads={threads}", "--expt-relaxed-constexpr"]
+            cuda += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+            cuda += [*include, *gencode(archs)]
             flags = [*cpp_flags, "-DFASTEDIT_WITH_CUDA", f"-DFASTEDIT_CUDA_ARCHS='\"{';'.join(archs)}\"'"]
             self.compile("cuda", [cxx, *flags], [cxx, "-shared", *openmp], cuda, libraries, out)
         except Unavailable as reason:
@@ -235,6 +248,7 @@ def escape(path: Path) -> str:
 
 
 def extensions() -> list[Extension]:
+    """The compiled module, unless it is switched off."""
     if wanted("FASTEDIT_CPP") == "0":
         say("installing without compiled kernels, torch and Triton serve instead: FASTEDIT_CPP=0")
         return []

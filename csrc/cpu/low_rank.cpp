@@ -43,7 +43,15 @@ FASTEDIT_INLINE void philox(const uint64_t* index, uint64_t seed, uint32_t word[
 
 // Random words of 32 consecutive stored columns, whose element indices are first + c * step.
 FASTEDIT_INLINE void random_words(int64_t first, int64_t step, uint64_t seed, uint32_t* out) {
-  if (step == 1) {  // neighbours share counters
+  if (step == 1 && first % 4 == 0) {  // whole counters
+    constexpr int n = panel_width / 4;
+    uint64_t index[n];
+    uint32_t word[4][n];
+    for (int k = 0; k < n; ++k) index[k] = uint64_t(first) / 4 + k;
+    philox<n>(index, seed, word);
+    for (int k = 0; k < n; ++k)
+      for (int lane = 0; lane < 4; ++lane) out[k * 4 + lane] = word[lane][k];
+  } else if (step == 1) {  // neighbours share counters
     constexpr int n = panel_width / 4 + 1;
     uint64_t index[n];
     uint32_t word[4][n];

@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"\nfastedit {args.command}: interrupted; every file is whole, as before or as after", file=sys.stderr)
+        print(
+            f"\nfastedit {args.command}: interrupted; every file is whole, as before or as after",
+            file=sys.stderr,
+        )
         return 130
 
 

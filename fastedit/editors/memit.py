@@ -25,8 +25,10 @@ class MemitParams(LocateParams):
 
     @classmethod
     def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
-        """λ by the width d of the keys, 100 (d / 768)^1.7: the published 15,000 at d = 14,336, and what suits
-        models of a few million parameters at d = 768."""
+        """λ by the width d of the keys: 100 (d / 768)^1.7.
+
+        That is the published 15,000 at d = 14,336, and what suits models of a few million parameters at 768.
+        """
         weight = 100 * (description.projection(0).d_in / 768) ** 1.7
         return {**super().defaults_for(description), "covariance_weight": float(f"{weight:.2g}")}
 

@@ -14,7 +14,7 @@ from ..errors import NumericalError, UnsupportedModel
 from ..models import describe
 
 
-class _StopForward(Exception):  # noqa: N818  not an error
+class _StopForward(Exception):
     """Ends a forward pass at the last layer of interest."""
 
 

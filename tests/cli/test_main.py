@@ -29,7 +29,9 @@ def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def facts_file(tmp_path: Path) -> Path:
     path = tmp_path / "facts.csv"
-    path.write_text("prompt,subject,target_new\nThe capital of {} is,France,Lyon\n{} plays the,Miles Davis,violin\n")
+    path.write_text(
+        "prompt,subject,target_new\nThe capital of {} is,France,Lyon\n{} plays the,Miles Davis,violin\n"
+    )
     return path
 
 
@@ -73,7 +75,9 @@ def test_info_lists_operations_with_reasons(capsys: pytest.CaptureFixture[str]) 
     assert "covariance_" in capsys.readouterr().out
 
 
-def test_the_main_job(model_dir: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job(
+    model_dir: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Facts go in; an edit, and an edited model that can be reverted to its bytes, come out."""
     before, before_files = weights(model_dir), digest(model_dir)
     edit_dir, edited = tmp_path / "edit", tmp_path / "edited"
@@ -104,7 +108,9 @@ def test_the_main_job(model_dir: Path, facts_file: Path, tmp_path: Path, capsys:
     assert digest(edited)["model.safetensors"] == before_files["model.safetensors"]
 
 
-def test_batches_become_edits_of_their_own(model_dir: Path, facts_file: Path, tmp_path: Path, capsys: Any) -> None:
+def test_batches_become_edits_of_their_own(
+    model_dir: Path, facts_file: Path, tmp_path: Path, capsys: Any
+) -> None:
     arguments = ["edit", str(model_dir), "--facts", str(facts_file), "--batch-size", "1", "--json"]
     out, edited = tmp_path / "edits", tmp_path / "edited"
     assert main([*arguments, "--out", str(out), "--save-model", str(edited), *QUICK]) == 0
@@ -208,7 +214,9 @@ def test_eval_gives_one_table_before_and_after(
     json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.skipif(not demo.MODEL_FOLDER.joinpath("model.safetensors").exists(), reason="no demo model packaged")
+@pytest.mark.skipif(
+    not demo.MODEL_FOLDER.joinpath("model.safetensors").exists(), reason="no demo model packaged"
+)
 def test_demo_edits_shows_and_restores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,18 @@ DTYPES = [
     pytest.param(torch.float64, torch.float64, 1e-12, id="f64"),
 ]
 # tokens and columns around panels (32), slices (64, 128 steps), squares (128, 256) and chunks (2048 tokens)
-SHAPES = [(1, 1), (2, 3), (5, 31), (127, 32), (129, 33), (257, 67), (300, 129), (131, 257), (2049, 40), (4099, 5)]
+SHAPES = [
+    (1, 1),
+    (2, 3),
+    (5, 31),
+    (127, 32),
+    (129, 33),
+    (257, 67),
+    (300, 129),
+    (131, 257),
+    (2049, 40),
+    (4099, 5),
+]
 
 
 @pytest.fixture(params=ISAS)

@@ -12,7 +12,16 @@ ORDER = ["scalar", "avx2", "avx512", "avx512_bf16"]
 ISAS = ORDER[: ORDER.index(_C.info()["cpu_isa"]) + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # (d_out, d_in, rank) around tiles of 8 x 32, tasks of 32 rows, the change of loop order at rank 128
-SHAPES = [(1, 1, 1), (7, 5, 3), (9, 31, 1), (33, 65, 17), (64, 96, 128), (31, 33, 200), (100, 300, 2), (8, 32, 1024)]
+SHAPES = [
+    (1, 1, 1),
+    (7, 5, 3),
+    (9, 31, 1),
+    (33, 65, 17),
+    (64, 96, 128),
+    (31, 33, 200),
+    (100, 300, 2),
+    (8, 32, 1024),
+]
 IDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
 
@@ -122,7 +131,9 @@ def test_empty_weights(isa, shape):
 def test_ties_go_to_even_and_special_values_survive(isa):
     for dtype, digits in ((torch.bfloat16, 7), (torch.float16, 10)):
         unit = 2.0**-digits
-        weight = torch.tensor([[1.0, 1.0 + unit, -1.0, float("inf"), float("-inf"), float("nan")]], dtype=dtype)
+        weight = torch.tensor(
+            [[1.0, 1.0 + unit, -1.0, float("inf"), float("-inf"), float("nan")]], dtype=dtype
+        )
         update = torch.tensor([[unit / 2], [unit / 2], [-unit / 2], [1.0], [1.0], [1.0]])
         _C.low_rank_update(weight, torch.ones(1, 1), update, isa=isa)
         assert weight[0, :5].tolist() == [1.0, 1.0 + 2 * unit, -1.0, float("inf"), float("-inf")]
@@ -160,7 +171,9 @@ def test_stochastic_rounding_is_the_shared_definition(isa, dtype, transposed, sh
 def test_stochastic_rounding_keeps_the_expected_value(isa, dtype):
     weight = torch.ones(256, 256, dtype=dtype)
     step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    _C.low_rank_update(weight, torch.ones(256, 1), torch.full((256, 1), step * 0.3), 1.0, False, True, 5, isa=isa)
+    _C.low_rank_update(
+        weight, torch.ones(256, 1), torch.full((256, 1), step * 0.3), 1.0, False, True, 5, isa=isa
+    )
     assert set(weight.double().unique().tolist()) == {1.0, 1.0 + step}
     assert ((weight.double() - 1.0).mean() / step).item() == pytest.approx(0.3, abs=0.01)
 

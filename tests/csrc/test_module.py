@@ -36,7 +36,9 @@ def test_threads_are_torch_s():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (300, 129), (9001, 257), (700, 2048)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (300, 129), (9001, 257), (700, 2048)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
 def test_covariance_cuda(dtype, shape):
     if not _C.info()["cuda_available"]:
         pytest.skip(_C.info()["cuda_reason"])
@@ -57,7 +59,9 @@ def test_covariance_cuda(dtype, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (300, 1000, 33)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (65, 129, 17), (300, 1000, 33)], ids=lambda s: "x".join(map(str, s))
+)
 def test_low_rank_cuda(dtype, stochastic, shape):
     if not _C.info()["cuda_available"]:
         pytest.skip(_C.info()["cuda_reason"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_configs import tiny_model, tiny_tokenizer
 
-from fastedit import CorruptFile
+from fastedit import CorruptFile, FasteditError
 from fastedit.cli.stats import add_parser
 from fastedit.stats import Statistics, accumulate, ensure
 
