@@ -295,27 +295,16 @@ FASTEDIT_AVX512 FASTEDIT_INLINE void store_avx512(F16 type, const float* from, i
                         _mm512_cvtps_ph(_mm512_loadu_ps(from + c), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// Tiles at an edge, random rounding, norms. On its own, so that the common case below keeps its sums in registers.
 template <class Type>
-FASTEDIT_AVX512 void tile_avx512(const Tile<Type, float>& t) {
-  // The rows are far apart in memory: ask for them before computing, and for the columns of a later tile.
-  for (int r = 0; r < t.n_rows; ++r)
-    _mm_prefetch(reinterpret_cast<const char*>(t.weight + r * t.stride) + prefetch_bytes, _MM_HINT_T0);
+FASTEDIT_AVX512 __attribute__((noinline)) void any_tile_avx512(const Tile<Type, float>& t) {
+  alignas(64) float delta[tile_rows][panel_width], value[panel_width];
   __m512 sum[tile_rows][2];
   multiply_avx512(t.by_row, t.panel, t.rank, sum);
   const __m512 alpha = _mm512_set1_ps(t.alpha);
-  for (int r = 0; r < tile_rows; ++r)
-    for (int half = 0; half < 2; ++half) sum[r][half] = _mm512_mul_ps(sum[r][half], alpha);
-  if (t.n_rows == tile_rows && t.n_columns == panel_width && !t.stochastic && !t.square_sum) {
-    for (int r = 0; r < tile_rows; ++r) {
-      add_16(Type{}, t.weight + r * t.stride, sum[r][0]);
-      add_16(Type{}, t.weight + r * t.stride + 16, sum[r][1]);
-    }
-    return;
-  }
-  alignas(64) float delta[tile_rows][panel_width], value[panel_width];
   for (int r = 0; r < tile_rows; ++r) {
-    _mm512_store_ps(delta[r], sum[r][0]);
-    _mm512_store_ps(delta[r] + 16, sum[r][1]);
+    _mm512_store_ps(delta[r], _mm512_mul_ps(sum[r][0], alpha));
+    _mm512_store_ps(delta[r] + 16, _mm512_mul_ps(sum[r][1], alpha));
   }
   for (int r = 0; r < t.n_rows; ++r) {
     if (t.square_sum) add_squares(delta[r], t.n_columns, t.square_sum);
@@ -323,6 +312,24 @@ FASTEDIT_AVX512 void tile_avx512(const Tile<Type, float>& t) {
     add_row(t, r, delta[r], value);
     store_avx512(Type{}, value, t.n_columns, t.weight + r * t.stride);
   }
+}
+
+template <class Type>
+FASTEDIT_AVX512 void tile_avx512(const Tile<Type, float>& t) {
+  // The rows are far apart in memory: ask for the columns of a later tile before computing this one.
+  for (int r = 0; r < t.n_rows; ++r)
+    _mm_prefetch(reinterpret_cast<const char*>(t.weight + r * t.stride) + prefetch_bytes, _MM_HINT_T0);
+  if (t.n_rows < tile_rows || t.n_columns < panel_width || t.stochastic || t.square_sum) return any_tile_avx512(t);
+  __m512 sum[tile_rows][2];
+  multiply_avx512(t.by_row, t.panel, t.rank, sum);
+  // Multiplied and added one after the other, as in any_tile_avx512: the compiler must not fuse them here only.
+  const __m512 alpha = _mm512_set1_ps(t.alpha);
+  for (int r = 0; r < tile_rows; ++r)
+    for (int half = 0; half < 2; ++half) {
+      __m512 delta = _mm512_mul_ps(sum[r][half], alpha);
+      asm("" : "+v"(delta));
+      add_16(Type{}, t.weight + r * t.stride + 16 * half, delta);
+    }
 }
 
 FASTEDIT_AVX512 void tile_avx512_f64(const Tile<F64, double>& t) { tile_f64_generic(t); }
