@@ -53,7 +53,9 @@ void block_scalar(const void* a, const void* b, int64_t steps, Acc* c) {
 
 #if defined(__x86_64__)
 
-FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(float* c, __m256 v) { _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(c), v)); }
+FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(float* c, __m256 v) {
+  _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(c), v));
+}
 
 FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(double* c, __m256d v) {
   _mm256_storeu_pd(c, _mm256_add_pd(_mm256_loadu_pd(c), v));
@@ -64,7 +66,9 @@ FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(double* c, __m256 v) {
   add_to(c + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
 }
 
-FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(float* c, __m512 v) { _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), v)); }
+FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(float* c, __m512 v) {
+  _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), v));
+}
 
 FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(double* c, __m512d v) {
   _mm512_storeu_pd(c, _mm512_add_pd(_mm512_loadu_pd(c), v));
@@ -264,7 +268,8 @@ FASTEDIT_AVX2 void pack_avx2<F16>(const void* token, const void*, int64_t d, voi
     float* out = static_cast<float*>(dst) + column / panel_width * panel_stride + column % panel_width;
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + column))));
   }
-  if (whole < d) pack_values<F16, float>(x + whole, d - whole, static_cast<float*>(dst) + whole / panel_width * panel_stride, panel_stride);
+  float* last = static_cast<float*>(dst) + whole / panel_width * panel_stride;
+  if (whole < d) pack_values<F16, float>(x + whole, d - whole, last, panel_stride);
 }
 
 template <class Type>
@@ -280,7 +285,8 @@ FASTEDIT_AVX512 void pack_avx512<F16>(const void* token, const void*, int64_t d,
     float* out = static_cast<float*>(dst) + column / panel_width * panel_stride + column % panel_width;
     _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + column))));
   }
-  if (whole < d) pack_values<F16, float>(x + whole, d - whole, static_cast<float*>(dst) + whole / panel_width * panel_stride, panel_stride);
+  float* last = static_cast<float*>(dst) + whole / panel_width * panel_stride;
+  if (whole < d) pack_values<F16, float>(x + whole, d - whole, last, panel_stride);
 }
 
 FASTEDIT_AVX512 void pack_avx512_pairs(const void* first, const void* second, int64_t d, void* dst,
@@ -364,7 +370,8 @@ void pack_chunk(const TensorView& x, const int64_t* tokens, int64_t count, const
     for (int64_t step = group * pack_group; step < std::min(steps, (group + 1) * pack_group); ++step) {
       const int64_t token = step * layout.tokens_per_step;
       const char* first = data + tokens[token] * row_bytes;
-      const char* second = layout.tokens_per_step == 2 && token + 1 < count ? data + tokens[token + 1] * row_bytes : nullptr;
+      const bool paired = layout.tokens_per_step == 2 && token + 1 < count;
+      const char* second = paired ? data + tokens[token + 1] * row_bytes : nullptr;
       char* out = packed + step / layout.steps_per_slice * slice_bytes + step % layout.steps_per_slice * step_bytes;
       pack(first, second, d, out, panel_bytes / layout.word_bytes);
     }

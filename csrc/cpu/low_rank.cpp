@@ -107,6 +107,8 @@ FASTEDIT_INLINE void multiply_generic(const Real* const* by_row, const Real* pan
 template <class Real>
 FASTEDIT_INLINE void scale_row(Real* delta, Real alpha) {
   for (int c = 0; c < panel_width; ++c) delta[c] *= alpha;
+  // Rounded here: fused with the addition in some tiles and not in others, an element's bits would depend on its tile.
+  asm volatile("" : : "r"(delta) : "memory");
 }
 
 template <class Real>
@@ -322,12 +324,11 @@ FASTEDIT_AVX512 void tile_avx512(const Tile<Type, float>& t) {
   if (t.n_rows < tile_rows || t.n_columns < panel_width || t.stochastic || t.square_sum) return any_tile_avx512(t);
   __m512 sum[tile_rows][2];
   multiply_avx512(t.by_row, t.panel, t.rank, sum);
-  // Multiplied and added one after the other, as in any_tile_avx512: the compiler must not fuse them here only.
   const __m512 alpha = _mm512_set1_ps(t.alpha);
   for (int r = 0; r < tile_rows; ++r)
     for (int half = 0; half < 2; ++half) {
       __m512 delta = _mm512_mul_ps(sum[r][half], alpha);
-      asm("" : "+v"(delta));
+      asm("" : "+v"(delta));  // not fused with the addition, see scale_row
       add_16(Type{}, t.weight + r * t.stride + 16 * half, delta);
     }
 }

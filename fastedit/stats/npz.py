@@ -135,8 +135,12 @@ def check_matrix(path: Path, matrix: torch.Tensor, count: int) -> None:
 
 def _entries(path: Path) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds a single array")
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, TypeError) as error:
         raise CorruptFile(f"{path} is not a whole .npz file ({error}); it may be truncated") from None
 

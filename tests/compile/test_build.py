@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def _python(*args: str, cwd: Path, **variables: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize("cxx", ["/nonexistent/g++", "false"])
 def test_missing_and_broken_compilers_are_named(setup_py, monkeypatch, cxx):
     monkeypatch.setenv("CXX", cxx)
-    with pytest.raises(setup_py.Unavailable, match=f"no working C\\+\\+ compiler.*{cxx}"):
+    with pytest.raises(setup_py.Unavailable, match=rf"no working C\+\+ compiler.*{re.escape(cxx)}"):
         setup_py.find_cxx()
 
 

@@ -50,7 +50,7 @@ def compiled(architecture: int, names: tuple[str, ...]) -> dict[str, dict]:
             "TRITON_CACHE_DIR": cache,
             "TRITON_DEFAULT_FP_FUSION": "1",
         }
-        command = [sys.executable, "-P", __file__, str(architecture), *names]
+        command = [sys.executable, __file__, str(architecture), *names]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     results = {}
     for line in run.stdout.splitlines():

@@ -131,7 +131,7 @@ def test_a_cheap_fallback_does_not_warn(forget_reasons, monkeypatch, caplog):
     assert not caplog.records
 
 
-def test_importing_loads_neither_triton_nor_the_extension():
+def test_importing_loads_neither_triton_nor_the_extension(tmp_path):
     code = (
         "import sys, fastedit, fastedit.ops, torch\n"
         "fastedit.ops.covariance_reference(torch.zeros(2, 2), torch.ones(1, 2))\n"
@@ -139,7 +139,7 @@ def test_importing_loads_neither_triton_nor_the_extension():
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
 def test_triton_serves_a_cpu_tensor_only_when_interpreted_and_chosen():
