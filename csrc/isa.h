@@ -1,7 +1,12 @@
 // The CPU instruction sets that kernels are written for, worst first: a machine with one has those before it.
 #pragma once
 
+#include <cstdint>
+
 namespace fastedit {
+
+// Below this many multiply-adds a team of threads costs more to start than it saves.
+constexpr int64_t small_work = int64_t(1) << 18;
 
 enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 

@@ -488,6 +488,7 @@ Isa covariance_isa(DType x) {
 CovariancePlan plan_covariance(const TensorView& cov, const TensorView& x, Isa isa, int threads) {
   const Layout layout = layout_of(x.dtype, isa);
   const int64_t d = x.shape[1], panels = ceil_div(std::max<int64_t>(d, 1), panel_width);
+  if (x.shape[0] * d * d < small_work) threads = 1;
   const int64_t slice_tokens = layout.tokens_per_step * layout.steps_per_slice;
   const int64_t slice_bytes = layout.steps_per_slice * panels * panel_width * layout.word_bytes;
   int64_t chunk = std::clamp(packing_bytes / slice_bytes, int64_t(1), max_chunk_tokens / slice_tokens) * slice_tokens;

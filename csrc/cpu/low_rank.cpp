@@ -432,6 +432,7 @@ LowRankPlan plan_low_rank(const TensorView& weight, const TensorView& left, Isa 
   const int64_t real = weight.dtype == DType::f64 ? 8 : 4, rank = std::max<int64_t>(left.shape[1], 1);
   const int64_t cache = isa >= Isa::avx512 ? 512 << 10 : 128 << 10;
   const int64_t n_rows = weight.shape[0], n_columns = weight.shape[1];
+  if (n_rows * n_columns * rank < small_work) threads = 1;
   const int64_t block = std::max<int64_t>(cache / (rank * real * panel_width), 1) * panel_width;
   const int64_t tasks = ceil_div(n_rows, task_rows) * ceil_div(n_columns, block);
   const int64_t packed = ceil_div(n_columns, panel_width) * panel_width * rank * real;

@@ -26,6 +26,7 @@ from .prompts import FactRows
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+_CPU_TOKENS_PER_THREAD = 256
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,8 @@ def optimise_values(
         torch.zeros(n, hidden, device=device),
         torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64),
     )
-    # Facts with suffixes of like length go together, so that little is padded.
-    order = sorted(range(n), key=lambda i: len(rows[i].targets[0].ids) - rows[i].targets[0].subject_last)
-    size = micro_batch or _micro_batch(runner, rows, objective)
     with progress(total=n, desc="optimising targets", unit="fact", show=show_progress) as bar:
-        for start in range(0, n, size):
-            chosen = order[start : start + size]
+        for chosen in _micro_batches(runner, rows, objective, micro_batch):
             _optimise_together(runner, facts, rows, chosen, objective, values)
             bar.update(len(chosen))
     return values
@@ -358,18 +355,45 @@ def _reaching(runner: BlockRunner, batch: _Rows, delta: Tensor, objective: Value
     return norm((base + rows).to(batch.states.dtype)).float() - before
 
 
-def _micro_batch(runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective) -> int:
-    """How many facts fit: the activations kept for one backward pass, in half of the free memory."""
+def _micro_batches(
+    runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective, size: int | None
+) -> list[list[int]]:
+    """Positions of facts to optimise together, those with suffixes of like length in one batch.
+
+    On a GPU a batch takes half of the free memory. On a CPU a few hundred tokens keep the matrix units busy,
+    and more only leave the cache.
+    """
+    order = sorted(range(len(rows)), key=lambda i: _suffix(rows[i]))
+    if size is not None:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    budget = int(torch.cuda.mem_get_info(runner.device)[0]) // 2 if runner.device.type == "cuda" else None
+    batches: list[list[int]] = []
+    for position in order:
+        grown = [*batches[-1], position] if batches else [position]
+        tokens = len(grown) * (len(rows[position].targets) + 1) * _suffix(rows[position])
+        if budget is None:
+            fits = tokens <= _CPU_TOKENS_PER_THREAD * torch.get_num_threads()
+        else:
+            fits = _bytes(runner, [rows[i] for i in grown], tokens, objective) <= budget
+        if batches and fits:
+            batches[-1] = grown
+        else:
+            batches.append([position])
+    return batches
+
+
+def _suffix(row: FactRows) -> int:
+    return max(len(prompt.ids) - prompt.subject_last for prompt in row.targets)
+
+
+def _bytes(runner: BlockRunner, rows: Sequence[FactRows], tokens: int, objective: ValueObjective) -> int:
+    """Memory of one backward pass: activations of the suffixes, keys and values of the prefixes, logits."""
     description = runner.description
-    contexts = len(rows[0].targets) + 1
-    suffix = max(len(row.ids) - row.subject_last for fact in rows for row in fact.targets)
-    longest = max(len(row.ids) for fact in rows for row in fact.targets)
-    vocabulary = next(description.head.parameters()).shape[0]
     upper = description.n_layers - objective.layer
-    d_in = description.projection(objective.layer).d_in
-    per_token = upper * (12 * description.hidden_size + 4 * d_in) * 4
-    per_fact = contexts * suffix * per_token + contexts * longest * upper * 4 * description.hidden_size * 4
-    per_fact += contexts * max(len(fact.target) for fact in rows) * vocabulary * 4 * 4
-    on_gpu = runner.device.type == "cuda"
-    budget = int(torch.cuda.mem_get_info(runner.device)[0]) // 2 if on_gpu else 1 << 30
-    return max(1, min(len(rows), budget // per_fact))
+    width = 12 * description.hidden_size + 4 * description.projection(objective.layer).d_in
+    contexts = len(rows[0].targets) + 1
+    longest = max(len(prompt.ids) for row in rows for prompt in row.targets)
+    vocabulary = next(description.head.parameters()).shape[0]
+    scored = contexts * sum(len(row.target) for row in rows)
+    prefix = len(rows) * contexts * longest * upper * 4 * description.hidden_size
+    return 4 * (tokens * upper * width + prefix + 4 * scored * vocabulary)
