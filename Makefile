@@ -32,8 +32,8 @@ format: $(VENV)/.lint  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.test  ## run the CPU benchmarks and write bench/results
-	$(BIN)/python bench/covariance.py
-	$(BIN)/python bench/low_rank.py
+	$(BIN)/python bench/covariance.py --plot bench/results/covariance_cpu.png
+	$(BIN)/python bench/low_rank.py --plot bench/results/low_rank_cpu.png
 
 gpu-test:        ## build, test and benchmark on the GPU of this machine
 	bash bench/gpu_check.sh

@@ -48,10 +48,12 @@ def main() -> None:
     }
     text = f"{json.dumps(settings)}\n\n{report.table()}\n"
     print(text)
-    stem = f"counterfact_{Path(args.model).name}_{args.method}"
+    where = "-".join(str(layer) for layer in layers)
+    stem = f"counterfact_{Path(args.model).name}_{args.method}_layers{where}"
     atomic_write_text(RESULTS / f"{stem}.txt", text)
     atomic_write_text(
-        RESULTS / f"{stem}.json", json.dumps({"settings": settings, "report": report.as_dict()}, indent=1) + "\n"
+        RESULTS / f"{stem}.json",
+        json.dumps({"settings": settings, "report": report.as_dict()}, indent=1) + "\n",
     )
 
 

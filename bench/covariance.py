@@ -9,8 +9,8 @@ import torch
 
 from fastedit.ops import backend, covariance_, covariance_reference
 
-FULL = {  # (tokens, d): GPT-2 XL, Llama-3-8B, Llama-2-7B
-    "cpu": [(4096, 6400), (4096, 4096), (1024, 14336)],
+FULL = {  # (tokens, d): on a CPU widths of GPT-2 small, of a 1B model, GPT-2 XL; on a GPU up to Llama-3-8B
+    "cpu": [(4096, 3072), (2048, 4096), (1024, 6400)],
     "cuda": [(32768, 6400), (32768, 4096), (32768, 14336), (8192, 11008)],
 }
 QUICK = {"cpu": [(512, 1024)], "cuda": [(8192, 4096)]}
