@@ -19,8 +19,8 @@ demo: $(VENV)/.installed  ## edit facts in the packaged model and show what happ
 	$(BIN)/fastedit demo
 
 test: $(VENV)/.test  ## run the test suite
-	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow"
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m slow
 
 lint: $(VENV)/.lint  ## ruff and mypy
 	$(BIN)/ruff check .
