@@ -210,18 +210,19 @@ class LocateThenEdit(Editor):
             bare = PromptSweep(self.runner, [row.prompts[0] for row in rows], layers[0])
         weights = self.key_weights(len(rows[0].prompts))
         for index, layer in enumerate(layers):
+            projection = self.description.projection(layer)
+            place = projection.weight.device
             with watch.stage("keys"):
                 sweep.advance(layer)
                 bare.advance(layer)
                 residual = self.residual(bare, sweep, values, len(layers) - index)
                 keys = weighted_mean(sweep.keys(), weights)
-                measured = LayerMeasurement(layer, keys.T, residual.T, bare.keys().T)
+                measured = LayerMeasurement(
+                    layer, keys.T.to(place), residual.T.to(place), bare.keys().T.to(place)
+                )
             with watch.stage("solve"):
-                left, right = self.solve(measured)
+                left, right = (factor.float() for factor in self.solve(measured))
             with watch.stage("apply"):
-                projection = self.description.projection(layer)
-                place = projection.weight.device
-                left, right = left.float().to(place), right.float().to(place)
                 ops.low_rank_update_(projection.weight.data, left, right, transposed=projection.transposed)
                 parts[projection.weight_name].append((left, right))
         return values

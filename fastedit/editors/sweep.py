@@ -69,7 +69,7 @@ class PromptSweep:
             chunk.at_last(self.runner.projection_input(chunk.calls, chunk.states, self.layer))
             for chunk in self._chunks
         ]
-        return torch.cat(keys).float()
+        return torch.cat(keys).float().to(self.runner.device)
 
     @torch.no_grad()
     def outputs(self, layer: int) -> Tensor:
@@ -78,7 +78,7 @@ class PromptSweep:
             chunk.at_last(self.runner.run(chunk.calls, chunk.states, self.layer, layer + 1))
             for chunk in self._chunks
         ]
-        return torch.cat(states).float()
+        return torch.cat(states).float().to(self.runner.device)
 
     @torch.no_grad()
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class PromptSweep:
         keys = self.keys()
         module = self.runner.description.projection(self.layer).module
         weight = self.runner.description.projection(self.layer).weight
-        return keys, module(keys.to(weight.dtype).to(weight.device)).float()
+        return keys, module(keys.to(weight.dtype).to(weight.device)).float().to(self.runner.device)
 
 
 def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:

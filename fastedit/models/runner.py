@@ -73,7 +73,10 @@ class Prefix:
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefix of some of the rows."""
-        kept = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.states]
+        kept = [
+            None if pair is None else (pair[0][rows.to(pair[0].device)], pair[1][rows.to(pair[1].device)])
+            for pair in self.states
+        ]
         return Prefix(kept, self.mask[rows])
 
 

@@ -105,6 +105,18 @@ def test_memit_equals_the_plain_pipeline(family: str) -> None:
         assert (change - expected).norm() <= 2e-3 * expected.norm().clamp(min=1e-12), name
 
 
+def test_a_model_with_accelerate_hooks_is_edited_like_any_other() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    plain, hooked = tiny_model("llama"), tiny_model("llama")
+    accelerate.dispatch_model(hooked, device_map={"": "cpu"}, force_hooks=True)
+    before = bits(hooked)
+    make("memit", plain).edit(FACTS)
+    edit = make("memit", hooked).edit(FACTS)
+    assert same_bits(hooked, bits(plain))
+    edit.revert()
+    assert same_bits(hooked, before)
+
+
 def test_sequential_edits_unstack_in_any_order() -> None:
     model = tiny_model("llama")
     before = bits(model)
