@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,9 +181,9 @@ class Evaluator:
             "seed": self.seed,
             "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else None,
             "device": str(parameter.device) if parameter is not None else None,
-            "model": str(getattr(config, "_name_or_path", "") or type(self.model).__name__),
+            "model": _name(getattr(config, "_name_or_path", "")) or type(self.model).__name__,
             "model_hash": _model_hash(self.model, self._scorer),
-            "data": getattr(records, "path", ""),
+            "data": _name(getattr(records, "path", "")),
             "data_sha256": getattr(records, "sha256", ""),
             "records_hash": _records_hash(self.records),
             "n_records": len(self.records),
@@ -560,6 +561,11 @@ def _neutral_text() -> str:
             "protocols out"
         ) from None
     return neutral_text()
+
+
+def _name(place: Any) -> str:
+    """A hub's name as it is; of a file or folder its own name, since a report may be read elsewhere."""
+    return Path(place).name if place and Path(place).exists() else str(place)
 
 
 def _records_hash(records: Sequence[Record]) -> str:
