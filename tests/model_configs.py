@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -144,6 +144,13 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
         warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
         model = AutoModelForCausalLM.from_config(config)
     return randomised(model, seed).to(dtype).eval()
+
+
+def skip_old_layout(error: Exception) -> NoReturn:
+    """Skip for the one reason that a family here may be refused, an old transformers' cache; raise all else."""
+    if "layout of its own" not in str(error):
+        raise error
+    pytest.skip(str(error))
 
 
 @torch.no_grad()

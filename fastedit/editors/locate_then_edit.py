@@ -145,8 +145,19 @@ class LocateThenEdit(Editor):
         others = n_contexts - 1
         return [1.0] if others == 0 else [0.5, *[0.5 / others] * others]
 
-    def residual(self, bare: PromptSweep, sweep: PromptSweep, values: Values, left: int) -> Tensor:
-        """(n, d_out): what the values lack, spread over the ``left`` layers still to be edited."""
+    def residual(
+        self, layer: int, keys: Tensor, bare_keys: Tensor, values: Values, bare: PromptSweep, left: int
+    ) -> Tensor:
+        """(n, d_out): what the values still lack when ``layer`` is edited.
+
+        Args:
+            layer: the block.
+            keys: (n, d_in), averaged over contexts.
+            bare_keys: (n, d_in), under the bare prompt.
+            values: the targets.
+            bare: the bare prompts' states at the entry of ``layer``.
+            left: layers still to be edited, this one included, over which the rest is spread.
+        """
         return (values.target - bare.outputs(self.params.layers[-1])) / left
 
     def needs_statistics(self) -> bool:
@@ -215,10 +226,11 @@ class LocateThenEdit(Editor):
             with watch.stage("keys"):
                 sweep.advance(layer)
                 bare.advance(layer)
-                residual = self.residual(bare, sweep, values, len(layers) - index)
-                keys = weighted_mean(sweep.keys(), weights)
+                rows_of_keys = sweep.keys()
+                keys, bare_keys = weighted_mean(rows_of_keys, weights), rows_of_keys[:: len(weights)]
+                residual = self.residual(layer, keys, bare_keys, values, bare, len(layers) - index)
                 measured = LayerMeasurement(
-                    layer, keys.T.to(place), residual.T.to(place), bare.keys().T.to(place)
+                    layer, keys.T.to(place), residual.T.to(place), bare_keys.T.to(place)
                 )
             with watch.stage("solve"):
                 left, right = (factor.float() for factor in self.solve(measured))

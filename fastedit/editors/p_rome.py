@@ -17,7 +17,9 @@ class PRome(Rome):
 
     params_file = "rome"
 
-    def residual(self, bare: PromptSweep, sweep: PromptSweep, values: Values, left: int) -> Tensor:
+    def residual(
+        self, layer: int, keys: Tensor, bare_keys: Tensor, values: Values, bare: PromptSweep, left: int
+    ) -> Tensor:
         """The optimised change δ itself."""
         return values.shift
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from .base import register_editor
 from .locate_then_edit import LayerMeasurement
 from .rome import Rome
-from .sweep import PromptSweep, weighted_mean
+from .sweep import PromptSweep
 from .values import Values
 
 
@@ -15,10 +15,11 @@ from .values import Values
 class RRome(Rome):
     """Δ = Λ uᵀ with u from k̄, Λ = (v* − mean of W k) / (u·k̄): one key in both places."""
 
-    def residual(self, bare: PromptSweep, sweep: PromptSweep, values: Values, left: int) -> Tensor:
-        """v* minus the projection's present output, averaged over contexts."""
-        outputs = sweep.keys_and_values()[1]
-        return values.target - weighted_mean(outputs, self.key_weights(len(outputs)))
+    def residual(
+        self, layer: int, keys: Tensor, bare_keys: Tensor, values: Values, bare: PromptSweep, left: int
+    ) -> Tensor:
+        """v* minus the projection's present output averaged over contexts, which is that of the mean key."""
+        return values.target - self.project(layer, keys)
 
     def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
         """Λ (d_out, 1) and u (d_in, 1)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.describe import ModelDescription
@@ -59,9 +60,18 @@ class Rome(LocateThenEdit):
         """Only if the key is whitened."""
         return self.params.use_covariance
 
-    def residual(self, bare: PromptSweep, sweep: PromptSweep, values: Values, left: int) -> Tensor:
+    def residual(
+        self, layer: int, keys: Tensor, bare_keys: Tensor, values: Values, bare: PromptSweep, left: int
+    ) -> Tensor:
         """v* minus the projection's present output under the bare prompt."""
-        return values.target - bare.keys_and_values()[1]
+        return values.target - self.project(layer, bare_keys)
+
+    def project(self, layer: int, keys: Tensor) -> Tensor:
+        """(n, d_out) fp32: what the layer's projection makes of keys (n, d_in) now, its bias included."""
+        projection = self.description.projection(layer)
+        weight = projection.weight
+        with torch.no_grad():
+            return projection.module(keys.to(weight.device, weight.dtype)).float().to(keys.device)
 
     def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
         """Λ (d_out, 1) and u (d_in, 1)."""

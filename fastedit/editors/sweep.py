@@ -80,14 +80,6 @@ class PromptSweep:
         ]
         return torch.cat(states).float().to(self.runner.device)
 
-    @torch.no_grad()
-    def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """(rows, d_in) and (rows, hidden) fp32: input and output of the current block's projection."""
-        keys = self.keys()
-        module = self.runner.description.projection(self.layer).module
-        weight = self.runner.description.projection(self.layer).weight
-        return keys, module(keys.to(weight.dtype).to(weight.device)).float().to(self.runner.device)
-
 
 def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """(facts · contexts, d) -> (facts, d): the contexts' mean with the given weights, in fp32."""

@@ -195,6 +195,19 @@ def test_module_loads_without_torch(tmp_path):
     assert run.stdout.strip() == "False", run.stderr
 
 
+def test_module_is_there_where_it_could_be_built(setup_py):
+    """Without this, a broken build would show as skipped tests only."""
+    if os.environ.get("FASTEDIT_CPP") == "0":
+        pytest.skip("FASTEDIT_CPP=0: installed without compiled kernels on purpose")
+    try:
+        setup_py.find_cxx()
+    except setup_py.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert importlib.util.find_spec("fastedit._C") is not None, (
+        "there is a C++ compiler, but fastedit._C is missing"
+    )
+
+
 def test_module_refuses_cuda_without_a_gpu():
     import torch
 

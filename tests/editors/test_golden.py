@@ -106,7 +106,7 @@ def test_solver_reproduces_the_update_from_stored_keys_and_values(case: GoldenCa
         assert relative_error(update @ keys.double(), case.tensor(f"deltak_b0_L{layer}")) < 5e-6
 
 
-def test_targets_take_the_same_path(case: GoldenCase, run: dict[str, Any]) -> None:
+def test_targets_take_the_same_path(case: GoldenCase) -> None:
     """Optimised on the same weights, every loss, the stop step and the target agree."""
     editor = make_editor(case)
     from fastedit.editors.prompts import fact_rows

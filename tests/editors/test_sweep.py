@@ -37,8 +37,6 @@ def test_sweep_equals_whole_passes_after_each_edit(family: str, monkeypatch: pyt
             projection = description.projection(layer)
             keys = torch.stack([state_at(model, projection.module, row, of="input") for row in prompts])
             torch.testing.assert_close(sweep.keys(), keys, rtol=1e-4, atol=1e-5)
-            outputs = torch.stack([state_at(model, projection.module, row, of="output") for row in prompts])
-            torch.testing.assert_close(sweep.keys_and_values()[1], outputs, rtol=1e-4, atol=1e-4)
             last = description.blocks[2]
             states = torch.stack([state_at(model, last, row, of="output") for row in prompts])
             torch.testing.assert_close(sweep.outputs(2), states, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_configs import FAMILIES, tiny_model, tiny_tokenizer
+from model_configs import FAMILIES, skip_old_layout, tiny_model, tiny_tokenizer
 from oracle import optimise_one
 
 from fastedit import Fact, NumericalError, UnsupportedModel
@@ -29,7 +29,7 @@ def run(model: Any, objective: ValueObjective, facts: list[Fact], **options: Any
         try:
             return rows, optimise_values(BlockRunner(model), facts, rows, objective, **options)
         except UnsupportedModel as error:
-            pytest.skip(str(error))
+            skip_old_layout(error)
 
 
 @pytest.mark.parametrize("at_mlp", [False, True], ids=["block", "mlp"])

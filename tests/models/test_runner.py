@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_configs import FAMILIES, tiny_model
+from model_configs import FAMILIES, skip_old_layout, tiny_model
 
 from fastedit.errors import UnsupportedModel
 from fastedit.models.runner import BlockRunner, Prefix, frozen
@@ -49,7 +49,7 @@ def test_upper_blocks_after_a_frozen_prefix_equal_the_model(runner: BlockRunner)
     try:
         _, pairs = runner.record(ids, mask, positions, [(runner.description.blocks[layer], keep)])
     except UnsupportedModel as error:
-        pytest.skip(str(error))
+        skip_old_layout(error)
     prefix = Prefix.before(starts, pairs, layer + 1)
     lengths = torch.tensor([len(row) for row in ROWS])
     width = int((lengths - starts).max())
