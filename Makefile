@@ -7,6 +7,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+OPS    ?= covariance low_rank
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -32,8 +33,7 @@ format: $(VENV)/.lint  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.test  ## run the CPU benchmarks and write bench/results
-	$(BIN)/python bench/covariance.py --plot bench/results/covariance_cpu.png
-	$(BIN)/python bench/low_rank.py --plot bench/results/low_rank_cpu.png
+	for stem in $(OPS); do $(BIN)/python bench/$$stem.py --device cpu --plot bench/results/$${stem}_cpu.png || exit; done
 
 gpu-test:        ## build, test and benchmark on the GPU of this machine
 	bash bench/gpu_check.sh

@@ -258,8 +258,8 @@ def extensions() -> list[Extension]:
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["fastedit", "fastedit.*"]), "fastedit.kernels"],
-        package_dir={"fastedit.kernels": "kernels"},
+        packages=[*find_packages(include=["fastedit", "fastedit.*"]), "fastedit.kernels", "fastedit.bench"],
+        package_dir={"fastedit.kernels": "kernels", "fastedit.bench": "bench"},
         ext_modules=extensions(),
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -1,4 +1,8 @@
-"""What the benchmarks share: timing, the limits of this machine, the table, CSV and JSON."""
+"""What the benchmarks share: timing, the limits of this machine, the table, CSV and JSON.
+
+A benchmark of a hot path is a module with ``OPS``, the names of its ops, ``DTYPES``, those whose rate of products
+is a limit, and ``problems(device, quick)``, which yields one :class:`Problem` after the other.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -13,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +36,25 @@ COLUMNS = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-# ---- command line ---------------------------------------------------------------------------------------
+# ---- a benchmark ----------------------------------------------------------------------------------------
 
 
-def arguments(stem: str, description: str) -> argparse.Namespace:
+@dataclass
+class Problem:
+    """One shape and dtype, and everybody who can solve it; the results were compared before this was made."""
+
+    op: str
+    shape: str
+    dtype: str  # a key of DTYPES: which rate of products is the limit
+    runs: dict[str, Callable[[], Any]]  # by provider; ours are named OURS + backend
+    errors: dict[str, float]  # by provider, against float64; 0 where the result must be and is exact
+    n_bytes: float  # the fewest that the problem allows to be read and written
+    flops: float  # the fewest
+    unavailable: dict[str, str] = field(default_factory=dict)  # provider: why it is not measured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every benchmark takes."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"examples:\n"
-        f"  python bench/{stem}.py                        every device here, table and CSV in bench/results/\n"
-        f"  python bench/{stem}.py --device cpu --quick   small sizes, seconds, nothing saved\n"
-        f"  python bench/{stem}.py --json > {stem}.json   for machines\n"
-        f"  python bench/{stem}.py --plot {stem}.png      a picture too (needs fastedit-llm[plots])\n",
-    )
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="where to measure")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few repetitions; saved only with --out"
@@ -54,11 +65,59 @@ def arguments(stem: str, description: str) -> argparse.Namespace:
     parser.add_argument(
         "--repetitions", type=int, help="timed rounds for each provider (default: 15, quick: 5)"
     )
+
+
+def main(stem: str) -> None:
+    """Run one benchmark as a script: ``python bench/<stem>.py``."""
+    module = sys.modules["__main__"]
+    parser = argparse.ArgumentParser(
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"examples:\n"
+        f"  python bench/{stem}.py                        every device here, table and CSV in bench/results/\n"
+        f"  python bench/{stem}.py --device cpu --quick   small sizes, seconds, nothing saved\n"
+        f"  python bench/{stem}.py --json > {stem}.json   for machines\n"
+        f"  python bench/{stem}.py --plot {stem}.png      a picture too (needs fastedit-llm[plots])\n",
+    )
+    add_arguments(parser)
     options = parser.parse_args()
-    options.stem = stem
-    options.repetitions = options.repetitions or (5 if options.quick else 15)
-    options.devices = ["cpu", "cuda"] if options.device == "all" else [options.device]
-    return options
+    if options.out is None and not options.quick:
+        options.out = RESULTS
+    results = [run(stem, module, device, options) for device in devices(options.device)]
+    finish(options, results)
+
+
+def devices(name: str) -> list[str]:
+    """The device types that ``--device`` stands for."""
+    return ["cpu", "cuda"] if name == "all" else [name]
+
+
+@dataclass
+class Result:
+    """What one benchmark found on one device."""
+
+    stem: str
+    device: str
+    machine: dict[str, Any]
+    limits: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+def run(stem: str, module: Any, device: str, options: argparse.Namespace) -> Result:
+    """Measure every problem of a benchmark on one device; a device that is not there gives rows that say so."""
+    repetitions = options.repetitions or (5 if options.quick else 15)
+    reason = no_gpu() if device == "cuda" else ""
+    if reason:
+        head = {"device": device, "shape": "", "dtype": ""}
+        names = [OURS + name for name in backends(device)]
+        rows = [not_measured({"op": op, **head}, name, reason) for op in module.OPS for name in names]
+        return Result(stem, device, machine(device), {}, rows)
+    limit = limits(device, module.DTYPES, options.quick)
+    rows = []
+    for problem in module.problems(device, options.quick):
+        print(f"{problem.op} {problem.shape} {problem.dtype}", file=sys.stderr)
+        rows += measured(problem, device, repetitions, limit)
+    return Result(stem, device, machine(device), limit, rows)
 
 
 # ---- the machine ----------------------------------------------------------------------------------------
@@ -189,24 +248,19 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measured(
-    head: dict[str, Any],
-    runs: dict[str, Callable[[], Any]],
-    errors: dict[str, float],
-    repetitions: int,
-    n_bytes: float,
-    flops: float,
-    limit: dict[str, float],
+    problem: Problem, device: str, repetitions: int, limit: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """One row for each provider. ``n_bytes`` and ``flops`` are the fewest that the problem allows.
+    """One row for each provider.
 
     fraction_of_limit: the time that the measured limits allow (the larger of bytes over copy bandwidth and
     FLOPs over the rate of a product in that dtype) over the time taken. Above 1 where other arithmetic is
     faster than a product in that dtype (three TF32 products for one of float32) or a small problem stays in
     the cache.
     """
-    samples = interleaved(runs, head["device"], repetitions)
+    head = {"op": problem.op, "device": device, "shape": problem.shape, "dtype": problem.dtype}
+    samples = interleaved(problem.runs, device, repetitions)
     others = [statistics.median(s) for name, s in samples.items() if not name.startswith(OURS)]
-    floor = max(n_bytes / limit["copy"], flops / limit[head["dtype"]])
+    floor = max(problem.n_bytes / limit["copy"], problem.flops / limit.get(problem.dtype, math.inf))
     rows = []
     for name, taken in samples.items():
         p20, p50, p80 = quantiles(taken)
@@ -217,14 +271,15 @@ def measured(
                 "p50_ms": p50 * 1e3,
                 "p20_ms": p20 * 1e3,
                 "p80_ms": p80 * 1e3,
-                "gb_per_s": n_bytes / p50 / 1e9,
-                "tflop_per_s": flops / p50 / 1e12,
+                "gb_per_s": problem.n_bytes / p50 / 1e9,
+                "tflop_per_s": problem.flops / p50 / 1e12,
                 "fraction_of_limit": floor / p50,
                 "speedup_vs_best_other": min(others) / p50 if others and name.startswith(OURS) else None,
-                "error": errors[name],
+                "error": problem.errors.get(name),
                 "note": "",
             }
         )
+    rows += [not_measured(head, name, reason) for name, reason in problem.unavailable.items()]
     return rows
 
 
@@ -232,18 +287,32 @@ def not_measured(head: dict[str, Any], provider: str, reason: str) -> dict[str, 
     return {**dict.fromkeys(COLUMNS), **head, "provider": provider, "note": f"not measured: {reason}"}
 
 
+def backends(device: str) -> tuple[str, ...]:
+    """Our backends that are made for a device type."""
+    return ("torch", "cpp") if device == "cpu" else ("torch", "triton", "cuda")
+
+
 def ours(op: str, device: str, *tensors: torch.Tensor) -> tuple[list[str], dict[str, str]]:
-    """The backends that can serve these tensors, and why the others of this device cannot."""
-    names = ("torch", "cpp") if device == "cpu" else ("torch", "triton", "cuda")
+    """The backends that can serve these tensors, and by provider name why the others of this device cannot."""
     can, cannot = [], {}
-    for name in names:
+    for name in backends(device):
         try:
             with backend.use_backend(name):
                 backend.choose(op, *tensors)
             can.append(name)
         except fastedit.BackendUnavailable as error:
-            cannot[name] = str(error).split("cannot serve: ")[-1].split(". Able to")[0]
+            cannot[OURS + name] = str(error).split("cannot serve: ")[-1].split(". Able to")[0]
     return can, cannot
+
+
+def by_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` with every op served by backend ``name``."""
+
+    def run() -> Any:
+        with backend.use_backend(name):
+            return call()
+
+    return run
 
 
 def no_gpu() -> str:
@@ -254,29 +323,27 @@ def no_gpu() -> str:
 # ---- output ---------------------------------------------------------------------------------------------
 
 
-def finish(
-    options: argparse.Namespace, rows: list[dict[str, Any]], limit: dict[str, dict[str, float]]
-) -> None:
+def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
     """Save, draw, print: the table comes last."""
-    folder = options.out or (None if options.quick else RESULTS)
-    about = {device: machine(device) for device in options.devices}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for device in options.devices:
-            part = [row for row in rows if row["device"] == device]
-            if any(row["p50_ms"] is not None for row in part):
-                save(folder / f"{options.stem}_{device}.csv", part, about[device], limit[device])
+    rows = [row for result in results for row in result.rows]
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for result in results:
+            if any(row["p50_ms"] is not None for row in result.rows):
+                path = options.out / f"{result.stem}_{result.device}.csv"
+                save(path, result.rows, result.machine, result.limits)
     if options.plot:
-        from plot import draw
+        from fastedit.bench.plot import draw
 
         draw(rows, options.plot)
     if options.json:
-        print(json.dumps({"machine": about, "limits": limit, "rows": rows}, indent=1))
+        print(json.dumps([asdict(result) for result in results], indent=1))
         return
-    for device, values in limit.items():
-        if values:
+    for result in results:
+        if result.limits:
+            values = result.limits
             rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in values.items() if k != "copy")
-            print(f"{device}: {about[device]['device_name']}, {about[device]['threads']} threads; "
+            print(f"{result.device}: {result.machine['device_name']}, {result.machine['threads']} threads; "
                   f"measured limits: copy {values['copy'] / 1e9:.4g} GB/s, {rates}")  # fmt: skip
     print(table(rows))
 

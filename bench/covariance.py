@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import common
 import torch
+from fastedit.bench import common
 
-from fastedit.ops import backend, covariance_, covariance_reference
+from fastedit.ops import covariance_, covariance_reference
+
+OPS = ("covariance_",)
 
 FULL = {  # (tokens, d): on a CPU widths of GPT-2 small, of a 1B model, GPT-2 XL; on a GPU up to Llama-3-8B
     "cpu": [(4096, 3072), (2048, 4096), (1024, 6400)],
@@ -48,17 +51,10 @@ def syrk(cov: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> None:
 
 
 def providers(x: torch.Tensor, mask: torch.Tensor, device: str) -> dict[str, Any]:
-    def by(name: str) -> Any:
-        def run(cov: torch.Tensor) -> None:
-            with backend.use_backend(name):
-                covariance_(cov, x, mask)
-
-        return run
-
-    cov = torch.zeros(x.shape[1], x.shape[1], device=device)
-    out = {common.OURS + name: by(name) for name in common.ours("covariance_", device, cov, x)[0]}
-    out["torch fp32 upcast (ROME)"] = lambda cov: rome(cov, x, mask)
-    out["torch fp32 addmm_"] = lambda cov: fused(cov, x, mask)
+    out: dict[str, Any] = {
+        "torch fp32 upcast (ROME)": lambda cov: rome(cov, x, mask),
+        "torch fp32 addmm_": lambda cov: fused(cov, x, mask),
+    }
     if x.dtype == torch.bfloat16 or (device == "cuda" and x.dtype == torch.float16):
         out["torch mm in x's dtype"] = lambda cov: in_dtype(cov, x, mask)
     if device == "cpu":
@@ -71,47 +67,41 @@ def providers(x: torch.Tensor, mask: torch.Tensor, device: str) -> dict[str, Any
     return out
 
 
-def bench(device: str, n_tokens: int, d: int, dtype: str, options: Any, limit: dict[str, float]) -> list:
-    head = {"op": "covariance_", "device": device, "shape": f"{n_tokens}x{d}", "dtype": dtype}
+def problem(device: str, n_tokens: int, d: int, dtype: str) -> common.Problem:
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n_tokens, d, generator=generator, device=device).to(common.DTYPES[dtype])
     mask = torch.rand(n_tokens, generator=generator, device=device) > 0.1
     reference = torch.zeros(d, d, dtype=torch.float64, device=device)
     covariance_reference(reference, x, mask)
+    can, cannot = common.ours("covariance_", device, torch.zeros(d, d, device=device), x)
+    calls = {
+        common.OURS + name: lambda cov, name=name: common.by_backend(
+            name, lambda: covariance_(cov, x, mask)
+        )()
+        for name in can
+    }
     runs, errors = {}, {}
-    for name, run in providers(x, mask, device).items():
+    for name, run in {**calls, **providers(x, mask, device)}.items():
         cov = torch.zeros(d, d, device=device)
         run(cov)
         errors[name] = ((cov - reference).norm() / reference.norm()).item()
         tolerance = 1e-2 if "x's dtype" in name else SLACK[dtype]
         if not errors[name] < tolerance:
-            raise SystemExit(f"{name} is wrong on {head}: relative error {errors[name]:.2g}")
+            raise SystemExit(f"{name} is wrong at {n_tokens}x{d} {dtype}: relative error {errors[name]:.2g}")
         runs[name] = lambda run=run, cov=cov: run(cov)
     # the fewest: one triangle of products; tokens and mask read once, cov read and written once
     counted = int(mask.sum())
-    flops = counted * d * (d + 1)
     n_bytes = counted * d * x.element_size() + n_tokens + 2 * 4 * d * d
-    rows = common.measured(head, runs, errors, options.repetitions, n_bytes, flops, limit)
-    _, cannot = common.ours("covariance_", device, torch.zeros(1, 1, device=device), x)
-    return rows + [common.not_measured(head, common.OURS + name, reason) for name, reason in cannot.items()]
+    flops = counted * d * (d + 1)
+    shape = f"{n_tokens}x{d}"
+    return common.Problem("covariance_", shape, dtype, runs, errors, n_bytes, flops, cannot)
 
 
-def main() -> None:
-    options = common.arguments("covariance", __doc__)
-    rows, limit = [], {}
-    for device in options.devices:
-        shapes = (QUICK if options.quick else FULL)[device]
-        reason = common.no_gpu() if device == "cuda" else ""
-        limit[device] = {} if reason else common.limits(device, DTYPES, options.quick)
-        for n_tokens, d in shapes:
-            for dtype in DTYPES:
-                if reason:
-                    head = {"op": "covariance_", "device": device, "shape": f"{n_tokens}x{d}", "dtype": dtype}
-                    rows += [common.not_measured(head, common.OURS + b, reason) for b in ("triton", "cuda")]
-                else:
-                    rows += bench(device, n_tokens, d, dtype, options, limit[device])
-    common.finish(options, rows, limit)
+def problems(device: str, quick: bool) -> Iterator[common.Problem]:
+    for n_tokens, d in (QUICK if quick else FULL)[device]:
+        for dtype in DTYPES:
+            yield problem(device, n_tokens, d, dtype)
 
 
 if __name__ == "__main__":
-    main()
+    common.main("covariance")

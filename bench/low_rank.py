@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import common
 import torch
+from fastedit.bench import common
 
-from fastedit.ops import backend, low_rank_update_
+from fastedit.ops import low_rank_update_
+
+OPS = ("low_rank_update_",)
 
 FULL = {  # (d_out, d_in, rank): GPT-2 XL, Llama-3-8B; one edit, a batch, a thousand
     "cpu": [(1600, 6400, 10), (4096, 14336, 1), (4096, 14336, 32), (4096, 4096, 256)],
@@ -40,63 +43,49 @@ def once(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def providers(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, device: str) -> dict[str, Any]:
-    def by(name: str) -> Any:
-        def run(w: torch.Tensor) -> None:
-            with backend.use_backend(name):
-                low_rank_update_(w, left, right, ALPHA)
-
-        return run
-
-    names = common.ours("low_rank_update_", device, weight, left, right)[0]
-    out = {common.OURS + name: by(name) for name in names}
-    out["torch fp64 product (MEMIT)"] = lambda w: memit(w, left, right)
-    out["torch fp32 product, cast, add"] = lambda w: cast(w, left, right)
-    out["torch fp32, rounded once"] = lambda w: once(w, left, right)
+    out = {
+        "torch fp64 product (MEMIT)": lambda w: memit(w, left, right),
+        "torch fp32 product, cast, add": lambda w: cast(w, left, right),
+        "torch fp32, rounded once": lambda w: once(w, left, right),
+    }
     if weight.dtype != torch.float16 or device == "cuda":
         out["torch addmm_ in weight's dtype"] = lambda w: in_dtype(w, left, right)
     return out
 
 
-def bench(device: str, d_out: int, d_in: int, rank: int, dtype: str, options: Any, limit: dict) -> list:
-    head = {"op": "low_rank_update_", "device": device, "shape": f"{d_out}x{d_in} r{rank}", "dtype": dtype}
+def problem(device: str, d_out: int, d_in: int, rank: int, dtype: str) -> common.Problem:
     generator = torch.Generator(device).manual_seed(0)
     start = torch.randn(d_out, d_in, generator=generator, device=device).to(common.DTYPES[dtype])
     left = torch.randn(d_out, rank, generator=generator, device=device)
     right = torch.randn(d_in, rank, generator=generator, device=device)
     reference = start.double() + ALPHA * (left.double() @ right.double().T)
+    can, cannot = common.ours("low_rank_update_", device, start, left, right)
+    calls = {
+        common.OURS + name: lambda w, name=name: common.by_backend(
+            name, lambda: low_rank_update_(w, left, right, ALPHA)
+        )()
+        for name in can
+    }
+    shape = f"{d_out}x{d_in} r{rank}"
     runs, errors = {}, {}
-    for name, run in providers(start, left, right, device).items():
+    for name, run in {**calls, **providers(start, left, right, device)}.items():
         weight = start.clone()
         run(weight)
         errors[name] = ((weight - reference).norm() / reference.norm()).item()
         if not errors[name] < TOLERANCE[dtype]:
-            raise SystemExit(f"{name} is wrong on {head}: relative error {errors[name]:.2g}")
+            raise SystemExit(f"{name} is wrong at {shape} {dtype}: relative error {errors[name]:.2g}")
         runs[name] = lambda run=run, weight=weight: run(weight)
-    del reference
     # the fewest: the weight read and written once, the factors read once
     n_bytes = 2 * start.nbytes + left.nbytes + right.nbytes
     flops = 2 * d_out * d_in * rank
-    rows = common.measured(head, runs, errors, options.repetitions, n_bytes, flops, limit)
-    _, cannot = common.ours("low_rank_update_", device, start)
-    return rows + [common.not_measured(head, common.OURS + name, reason) for name, reason in cannot.items()]
+    return common.Problem("low_rank_update_", shape, dtype, runs, errors, n_bytes, flops, cannot)
 
 
-def main() -> None:
-    options = common.arguments("low_rank", __doc__)
-    rows, limit = [], {}
-    for device in options.devices:
-        reason = common.no_gpu() if device == "cuda" else ""
-        limit[device] = {} if reason else common.limits(device, DTYPES, options.quick)
-        for d_out, d_in, rank in (QUICK if options.quick else FULL)[device]:
-            for dtype in DTYPES:
-                if reason:
-                    shape = f"{d_out}x{d_in} r{rank}"
-                    head = {"op": "low_rank_update_", "device": device, "shape": shape, "dtype": dtype}
-                    rows += [common.not_measured(head, common.OURS + b, reason) for b in ("triton", "cuda")]
-                else:
-                    rows += bench(device, d_out, d_in, rank, dtype, options, limit[device])
-    common.finish(options, rows, limit)
+def problems(device: str, quick: bool) -> Iterator[common.Problem]:
+    for d_out, d_in, rank in (QUICK if quick else FULL)[device]:
+        for dtype in DTYPES:
+            yield problem(device, d_out, d_in, rank, dtype)
 
 
 if __name__ == "__main__":
-    main()
+    common.main("low_rank")

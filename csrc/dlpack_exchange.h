@@ -82,8 +82,12 @@ inline DType dtype_of(const char* name, DLDataType type) {
     if (type.code == 2 && type.bits == 64) return DType::f64;
     if (type.code == 4 && type.bits == 16) return DType::bf16;
     if (type.code == 6 && type.bits == 8) return DType::boolean;
+    if (type.code == 0 && type.bits == 8) return DType::i8;
+    if (type.code == 1 && type.bits == 8) return DType::u8;
+    if (type.code == 0 && type.bits == 32) return DType::i32;
+    if (type.code == 0 && type.bits == 64) return DType::i64;
   }
-  bad_type(name, "float16, bfloat16, float32, float64 or bool expected, got DLPack type code " +
+  bad_type(name, "float16, bfloat16, float32, float64, bool, (u)int8, int32 or int64 expected, got DLPack type code " +
                      std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits");
 }
 
@@ -115,7 +119,11 @@ inline DType dtype_by_name(const char* name, const std::string& text) {
   if (text == "torch.float32") return DType::f32;
   if (text == "torch.float64") return DType::f64;
   if (text == "torch.bool") return DType::boolean;
-  bad_type(name, "float16, bfloat16, float32, float64 or bool expected, got " + text);
+  if (text == "torch.int8") return DType::i8;
+  if (text == "torch.uint8") return DType::u8;
+  if (text == "torch.int32") return DType::i32;
+  if (text == "torch.int64") return DType::i64;
+  bad_type(name, "float16, bfloat16, float32, float64, bool, (u)int8, int32 or int64 expected, got " + text);
 }
 
 inline TensorView view_by_attributes(const char* name, py::handle object) {

@@ -1,14 +1,10 @@
-// Stochastic rounding as low_rank.h defines it, written once for the CPU and for CUDA.
+// Stochastic rounding as low_rank.h defines it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define FASTEDIT_FUNCTION __host__ __device__ __forceinline__
-#else
-#define FASTEDIT_FUNCTION inline __attribute__((always_inline))
-#endif
+#include "philox.h"
 
 namespace fastedit {
 
@@ -22,18 +18,6 @@ FASTEDIT_FUNCTION uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
-}
-
-constexpr uint32_t philox_key0_step = 0x9E3779B9u, philox_key1_step = 0xBB67AE85u;
-
-// One of the ten rounds of Philox4x32 (Salmon et al. 2011); the key grows by its step after each.
-FASTEDIT_FUNCTION void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0,
-                                    uint32_t key1) {
-  const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-  c0 = uint32_t(b >> 32) ^ c1 ^ key0;
-  c2 = uint32_t(a >> 32) ^ c3 ^ key1;
-  c1 = uint32_t(b);
-  c3 = uint32_t(a);
 }
 
 // A value next to the given one that the storage type holds exactly.

@@ -5,7 +5,7 @@
 
 namespace fastedit {
 
-enum class DType { f16, bf16, f32, f64, boolean };
+enum class DType { f16, bf16, f32, f64, boolean, i8, u8, i32, i64 };
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
@@ -14,6 +14,10 @@ inline const char* name_of(DType dtype) {
     case DType::f32: return "float32";
     case DType::f64: return "float64";
     case DType::boolean: return "bool";
+    case DType::i8: return "int8";
+    case DType::u8: return "uint8";
+    case DType::i32: return "int32";
+    case DType::i64: return "int64";
   }
   return "?";
 }
@@ -22,9 +26,13 @@ inline int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f16:
     case DType::bf16: return 2;
-    case DType::f32: return 4;
-    case DType::f64: return 8;
-    case DType::boolean: return 1;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::boolean:
+    case DType::i8:
+    case DType::u8: return 1;
   }
   return 0;
 }

@@ -7,6 +7,7 @@ be interpreted and because a compiler that aborts must not take the tests with i
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -28,23 +30,20 @@ ARCHITECTURES = (80, 90, 100, 120)
 MATRIX_UNIT = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
 SHARED_LIMIT = {80: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use; 86 and 89 use the tiles of 80
 
-# name: (kernel, dtype of x or weight, options)
-VARIANTS = {
-    "covariance_bf16": ("covariance", "bf16", {"mask": True}),
-    "covariance_bf16_small": ("covariance", "bf16", {"mask": True, "d": 768}),
-    "covariance_fp16_no_mask": ("covariance", "fp16", {"mask": False}),
-    "covariance_fp32": ("covariance", "fp32", {"mask": True}),
-    "covariance_bf16_to_fp64": ("covariance", "bf16", {"mask": True, "cov": "fp64"}),
-    "low_rank_bf16": ("low_rank", "bf16", {}),
-    "low_rank_fp32": ("low_rank", "fp32", {}),
-    "low_rank_bf16_stochastic": ("low_rank", "bf16", {"stochastic": True}),
-    "low_rank_bf16_stochastic_in_out": ("low_rank", "bf16", {"stochastic": True, "count_down": True}),
-    "low_rank_fp16_stochastic_odd": ("low_rank", "fp16", {"stochastic": True, "aligned": False}),
-    "low_rank_fp16_stochastic_odd_in_out": (
-        "low_rank", "fp16", {"stochastic": True, "aligned": False, "count_down": True},
-    ),
-}  # fmt: skip
-QUICK = ("covariance_bf16", "low_rank_bf16")
+KERNELS = Path(__file__).parent / "kernels"  # one file for each hot path: VARIANTS, QUICK, launch, check
+
+
+def load(stem: str) -> types.ModuleType:
+    """The file ``kernels/<stem>.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"compile_{stem}", KERNELS / f"{stem}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {path.stem: load(path.stem) for path in sorted(KERNELS.glob("*.py"))}
+VARIANTS = {f"{stem}/{name}": options for stem, m in MODULES.items() for name, options in m.VARIANTS.items()}
+QUICK = tuple(f"{stem}/{name}" for stem, m in MODULES.items() for name in m.QUICK)
 
 
 @functools.cache
@@ -68,21 +67,18 @@ def compiled(architecture: int, names: tuple[str, ...]) -> dict[str, dict]:
     return results
 
 
-def check(architecture: int, result: dict) -> None:
+def check(architecture: int, name: str, result: dict) -> None:
     assert "error" not in result, result["error"]
     assert result["STACK"] == 0, "registers are spilled"
     assert result["LOCAL"] == 0, "local memory is used"
     assert result["shared"] <= SHARED_LIMIT[architecture] * 1024
-    assert result[MATRIX_UNIT.get(architecture, "mma.sync")] > 0
-    assert result["cp.async.c"] > 0, "loads are not pipelined"
-    if result["kernel"] == "low_rank":
-        assert result["weight accesses"] == ["ld.global.v4.b32", "st.global.v4.b32"]
+    MODULES[name.split("/")[0]].check(architecture, name.split("/")[1], result)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_compiles_for_hopper(name):
     pytest.importorskip("triton", reason="triton is not installed")
-    check(90, compiled(90, QUICK)[name])
+    check(90, name, compiled(90, QUICK)[name])
 
 
 @pytest.mark.slow
@@ -90,52 +86,10 @@ def test_compiles_for_hopper(name):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles(architecture, name):
     pytest.importorskip("triton", reason="triton is not installed")
-    check(architecture, compiled(architecture, tuple(VARIANTS))[name])
+    check(architecture, name, compiled(architecture, tuple(VARIANTS))[name])
 
 
 # ---- the process that compiles --------------------------------------------------------------------------
-
-
-def compile_covariance(architecture, dtype, mask=True, cov="fp32", d=4096):
-    import torch
-    from fastedit.kernels import covariance as module
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    block_d, block_t, warps, stages = module.configuration(architecture, dtypes[dtype], dtypes[cov], d)
-    signature = {
-        "cov_ptr": "*" + cov, "x_ptr": "*" + dtype, "mask_ptr": "*u8" if mask else "*" + dtype,
-        "T": "i32", "D": "i32", "stride_c0": "i32", "stride_c1": 1, "stride_xt": "i32", "stride_xd": 1,
-        "stride_mask": 1 if mask else "i32", "HAS_MASK": mask, "BLOCK_D": block_d, "BLOCK_T": block_t,
-        "FLUSH": max(1, 1024 // block_t), "PRECISION": "tf32x3",
-    }  # fmt: skip
-    divisible = ("cov_ptr", "x_ptr", "mask_ptr", "D", "stride_c0", "stride_xt")
-    return compile_kernel(module._covariance_kernel, signature, divisible, architecture, warps, stages)
-
-
-def compile_low_rank(architecture, dtype, stochastic=False, count_down=False, aligned=True):
-    import torch
-    from fastedit.kernels import low_rank as module
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    config = module.configuration(architecture, dtypes[dtype], stochastic and not aligned)
-    block_rows, block_cols, block_r, warps, stages = config
-    signature = {
-        "w_ptr": "*" + dtype, "rows_ptr": "*fp32", "cols_ptr": "*fp32", "N_ROWS": "i32", "N_COLS": "i32",
-        "R": "i32", "alpha": "fp32", "seed": "i64", "stride_w0": "i32", "stride_w1": 1, "stride_rows": "i32",
-        "stride_cols": "i32", "STOCHASTIC": stochastic, "COUNT_DOWN": count_down, "ALIGNED": aligned,
-        "SPLIT": dtype == "bf16", "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "BLOCK_R": block_r,
-    }  # fmt: skip
-    divisible = (
-        "w_ptr",
-        "rows_ptr",
-        "cols_ptr",
-        "N_ROWS",
-        "N_COLS",
-        "stride_w0",
-        "stride_rows",
-        "stride_cols",
-    )
-    return compile_kernel(module._low_rank_kernel, signature, divisible, architecture, warps, stages)
 
 
 def compile_kernel(kernel, arguments, divisible, architecture, warps, stages):
@@ -156,7 +110,7 @@ def compile_kernel(kernel, arguments, divisible, architecture, warps, stages):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def measure(binary, kernel):
+def measure(binary):
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -170,17 +124,18 @@ def measure(binary, kernel):
     ptx = binary.asm["ptx"]
     for instruction in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c"):
         result[instruction] = ptx.count(instruction)
-    result["weight accesses"] = sorted(set(re.findall(r"(?:ld|st)\.global[.\w]*", ptx)))
-    return {**result, "kernel": kernel, "shared": binary.metadata.shared}
+    result["matrix unit"] = result[MATRIX_UNIT.get(binary.metadata.target.arch, "mma.sync")]
+    result["accesses"] = sorted(set(re.findall(r"\b(?:ld|st|atom|red)\.global[.\w]*", ptx)))
+    return {**result, "shared": binary.metadata.shared}
 
 
 def main():
     architecture, names = int(sys.argv[1]), sys.argv[2:]
     for name in names:
-        kernel, dtype, options = VARIANTS[name]
-        compile_it = {"covariance": compile_covariance, "low_rank": compile_low_rank}[kernel]
+        stem, variant = name.split("/")
         try:
-            result = measure(compile_it(architecture, dtype, **options), kernel)
+            kernel, arguments, divisible, warps, stages = MODULES[stem].launch(architecture, variant)
+            result = measure(compile_kernel(kernel, arguments, divisible, architecture, warps, stages))
         except Exception as error:  # the reason is the result
             result = {"error": repr(error)[:2000]}
         print(json.dumps({name: result}), flush=True)
