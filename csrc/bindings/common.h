@@ -172,7 +172,7 @@ class DeviceScratch {
 #endif
 
 // Refuses before asking for a stream, which may fail with a less helpful message.
-void* stream_for(py::handle tensor, int device_index, bool allow_api) {
+inline void* stream_for(py::handle tensor, int device_index, bool allow_api) {
 #if defined(FASTEDIT_WITH_CUDA)
   return dlpack::current_stream(tensor, device_index, allow_api);
 #else
