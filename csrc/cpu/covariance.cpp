@@ -625,4 +625,41 @@ void covariance(const CovariancePlan& plan, const TensorView& cov, const TensorV
     covariance_as<float>(plan, cov, x, mask, static_cast<char*>(workspace));
 }
 
+void covariance_layers(const std::vector<CovarianceLayer>& layers, int threads,
+                       const std::function<void*(size_t bytes)>& allocate) {
+  auto run = [](const CovariancePlan& plan, const CovarianceLayer& layer, void* workspace) {
+    covariance(plan, layer.cov, layer.x, layer.has_mask ? &layer.mask : nullptr, workspace);
+  };
+  std::vector<CovariancePlan> plans;
+  std::vector<int64_t> narrow;
+  size_t bytes = 0, narrow_bytes = 0;
+  for (const CovarianceLayer& layer : layers) {
+    plans.push_back(plan_covariance(layer.cov, layer.x, layer.isa, threads));
+    const CovariancePlan alone = plan_covariance(layer.cov, layer.x, layer.isa, 1);
+    if (plans.back().tile < alone.tile || plans.back().threads == 1) {
+      narrow.push_back(int64_t(plans.size()) - 1);
+      narrow_bytes = std::max(narrow_bytes, alone.workspace_bytes);
+    }
+    bytes = std::max(bytes, plans.back().workspace_bytes);
+  }
+  if (int64_t(narrow.size()) < 4 * threads) narrow.clear();  // too few to share out evenly
+  narrow_bytes = ceil_div(int64_t(narrow_bytes), 4096) * 4096;
+  char* workspace = static_cast<char*>(allocate(std::max(bytes, narrow.empty() ? 0 : threads * narrow_bytes)));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (!narrow.empty())
+  for (size_t k = 0; k < narrow.size(); ++k) {
+#if defined(_OPENMP)
+    const size_t thread = size_t(omp_get_thread_num());
+#else
+    const size_t thread = 0;
+#endif
+    const CovarianceLayer& layer = layers[size_t(narrow[k])];
+    run(plan_covariance(layer.cov, layer.x, layer.isa, 1), layer, workspace + thread * narrow_bytes);
+  }
+  for (size_t i = 0, k = 0; i < layers.size(); ++i)
+    if (k < narrow.size() && narrow[k] == int64_t(i))
+      ++k;
+    else
+      run(plans[i], layers[i], workspace);
+}
+
 }  // namespace fastedit::cpu
