@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import relative_error
@@ -478,12 +480,14 @@ def test_ten_million_tokens(cov_dtype):
     assert bias < (1e-7 if cov_dtype == FP64 else 5e-6)
 
 
-def test_examples_in_docstrings():
+def test_examples():
     import doctest
     import importlib
 
     module = importlib.import_module("fastedit.ops.covariance")
     assert doctest.testmod(module).failed == 0
+    page = Path(__file__).parents[2] / "docs" / "ops" / "covariance.md"
+    assert doctest.testfile(str(page), module_relative=False).failed == 0
 
 
 # ---- properties -----------------------------------------------------------------------------------------
