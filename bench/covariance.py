@@ -26,7 +26,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 TOLERANCE = 1e-5
 SLOW_PRODUCT = (
     1 << 30
-)  # multiply-adds up to which torch's float16 product is waited for: it does 1e9 a second
+)  # multiply-adds up to which torch's float16 product is waited for: a CPU may do 1e9 a second
 
 Run = Callable[[torch.Tensor], Any]
 
