@@ -238,7 +238,8 @@ def _launch(cov, x, mask, config, precision):
     tiles = triton.cdiv(d, block_d) * (triton.cdiv(d, block_d) + 1) // 2
     tile_bytes = 4 * block_d * block_d
     float64 = cov.dtype == torch.float64
-    splits = plan_splits(n_tokens, tiles, common.multiprocessors(x.device))
+    slots = common.multiprocessors(x.device) * max(1, 8 // warps)
+    splits = plan_splits(n_tokens, tiles, slots)
     splits = max(1, min(splits, _WORKSPACE_BYTES // (tiles * tile_bytes)))
     steps = triton.cdiv(triton.cdiv(n_tokens, block_t), splits)  # of one split
     flushes = triton.cdiv(steps, max(1, _FLUSH_TOKENS // block_t))
