@@ -5,10 +5,11 @@ the same operations for graphs and other libraries.
 """
 
 from .backend import use_backend
-from .covariance import covariance_, covariance_reference
+from .covariance import CovarianceAccumulator, covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
 
 __all__ = [
+    "CovarianceAccumulator",
     "DualSolver",
     "covariance_",
     "covariance_reference",
