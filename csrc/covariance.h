@@ -48,7 +48,8 @@ void covariance_layers(const std::vector<CovarianceLayer>& layers, int threads,
 
 namespace cuda {
 
-// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). Needs no workspace.
+// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). Takes
+// stream-ordered scratch memory of its own where the squares of cov do not fill the GPU.
 int covariance(const TensorView& cov, const TensorView& x, const TensorView* mask, void* stream);
 
 }  // namespace cuda

@@ -440,9 +440,9 @@ LowRankPlan plan_low_rank(const TensorView& weight, const TensorView& left, Isa 
 }
 
 void low_rank(const LowRankPlan& plan, const TensorView& weight, const TensorView& left, const TensorView& right,
-              const LowRankOptions& options, double* out_norm, void* workspace) {
+              const LowRankOptions& options, double* out_norm, const TensorView* residual, void* workspace) {
   if (out_norm) *out_norm = 0.0;
-  if (weight.numel() == 0 || left.shape[1] == 0) return;
+  if (weight.numel() == 0 || (left.shape[1] == 0 && !residual)) return;
   const TensorView& by_row = options.transposed ? right : left;
   const TensorView& by_column = options.transposed ? left : right;
   char* scratch = static_cast<char*>(workspace);

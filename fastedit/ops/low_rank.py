@@ -18,6 +18,7 @@ from . import backend, check
 from .philox import round_stochastically, runs_of_words, words
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
 _ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -30,6 +31,8 @@ def _check(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     op = "low_rank_update_"
     check.matrix(op, weight=weight, left=left, right=right)
@@ -45,13 +48,20 @@ def _check(
         check.dtype(op, (torch.float32, torch.float64), out_norm=out_norm)
         if out_norm.numel() != 1:
             raise ValueError(f"{op}: out_norm must have one element, got shape {tuple(out_norm.shape)}")
-    check.same_device(op, weight=weight, left=left, right=right, out_norm=out_norm)
+    if residual is not None:
+        check.dtype(op, _ROUNDED_DTYPES, **{"weight, where a residual is asked for,": weight})
+        check.dtype(op, (torch.float32,), residual=residual)
+        check.shape(op, weight.shape, "like weight as stored", residual=residual)
+    elif carry:
+        raise ValueError(f"{op}: carry needs the residual of earlier updates, got none")
+    check.same_device(op, weight=weight, left=left, right=right, out_norm=out_norm, residual=residual)
 
 
 backend.define(
     "low_rank_update_",
     "(Tensor(a!) weight, Tensor left, Tensor right, float alpha=1.0, bool transposed=False, "
-    "str rounding='nearest', int seed=0, Tensor(b!)? out_norm=None) -> ()",
+    "str rounding='nearest', int seed=0, Tensor(b!)? out_norm=None, Tensor(c!)? residual=None, "
+    "bool carry=False) -> ()",
     check=_check,
 )
 
@@ -66,6 +76,8 @@ def low_rank_update_(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | Sequence[Tensor] | None = None,
+    residual: Tensor | Sequence[Tensor] | None = None,
+    carry: bool = False,
 ) -> None:
     """Add a low-rank matrix to a weight in one pass: weight += alpha · left rightᵀ.
 
@@ -85,6 +97,11 @@ def low_rank_update_(
             Weight i of a list uses ``seed + i``.
         out_norm: one element, float32 or float64; receives ‖alpha · left rightᵀ‖, the Frobenius norm before
             rounding. A list if ``weight`` is one.
+        residual: float32, of the shape in which ``weight``, bfloat16 or float16, is stored; receives what
+            rounding took away, the float32 result minus the stored weight; 0 where the stored weight is not
+            finite. A list if ``weight`` is one.
+        carry: add what ``residual`` holds before rounding: weight + residual then follows the sum of all
+            updates in float32, however small each is next to the weight.
 
     Raises:
         ValueError: shapes, devices or values that do not fit, ``weight`` sharing memory with another
@@ -97,29 +114,36 @@ def low_rank_update_(
     """
     op = "low_rank_update_"
     if isinstance(weight, Tensor):
-        check.is_tensor(op, left=left, right=right)
-        if out_norm is not None:
-            check.is_tensor(op, out_norm=out_norm)
-        backend.call(op, weight, left, right, float(alpha), transposed, rounding, _signed(seed), out_norm)
+        given = {"out_norm": out_norm, "residual": residual}
+        check.is_tensor(op, left=left, right=right, **{k: v for k, v in given.items() if v is not None})
+        backend.call(
+            op,
+            weight,
+            left,
+            right,
+            float(alpha),
+            transposed,
+            rounding,
+            _signed(seed),
+            out_norm,
+            residual,
+            carry,
+        )
         return
-    if isinstance(left, Tensor) or isinstance(right, Tensor) or isinstance(out_norm, Tensor):
-        raise TypeError(f"{op}: left, right and out_norm must be lists of tensors like weight, got a tensor")
-    norms = [None] * len(weight) if out_norm is None else list(out_norm)
-    if not len(weight) == len(left) == len(right) == len(norms):
-        raise ValueError(
-            f"{op}: lists must have one length, got {len(weight)} weight, {len(left)} left, "
-            f"{len(right)} right and {len(norms)} out_norm"
-        )
-    calls = [
-        (w, a, b, float(alpha), transposed, rounding, _signed(seed + i), norm)
-        for i, (w, a, b, norm) in enumerate(zip(weight, left, right, norms, strict=True))
-    ]
-    for args in calls:
-        norm = args[-1]
-        check.is_tensor(
-            op, weight=args[0], left=args[1], right=args[2], **({} if norm is None else {"out_norm": norm})
-        )
-        backend.check(op, *args)
+    lists = {"left": left, "right": right, "out_norm": out_norm, "residual": residual}
+    for name, items in lists.items():
+        if isinstance(items, Tensor):
+            raise TypeError(f"{op}: {name} must be a list of tensors like weight, got a tensor")
+    full = {name: [None] * len(weight) if items is None else items for name, items in lists.items()}
+    if any(len(items) != len(weight) for items in full.values()):
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in full.items())
+        raise ValueError(f"{op}: lists must have one length, got {len(weight)} weight, {lengths}")
+    calls = []
+    for i, (w, a, b, norm, rest) in enumerate(zip(weight, *full.values(), strict=True)):
+        given = {"out_norm": norm, "residual": rest}
+        check.is_tensor(op, weight=w, left=a, right=b, **{k: v for k, v in given.items() if v is not None})
+        calls.append((w, a, b, float(alpha), transposed, rounding, _signed(seed + i), norm, rest, carry))
+        backend.check(op, *calls[-1])
     for args in calls:
         backend.call(op, *args)
 
@@ -142,16 +166,25 @@ def low_rank_update_reference(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     """The same in plain torch, computed in float64; what every backend is tested against."""
     delta = alpha * (left.double() @ right.double().T)
-    target = (weight.T if transposed else weight).double() + delta
+    start = weight.double()
+    if carry and residual is not None:
+        start = start + residual
+    target = (start.T if transposed else start) + delta
+    rounded = target
     if rounding == "stochastic" and weight.dtype != torch.float64:
         random = words(0, target.numel(), seed, target.device).reshape(target.shape)
-        target = round_stochastically(target.float(), random, weight.dtype)
-    weight.copy_(target.T if transposed else target)
+        rounded = round_stochastically(target.float(), random, weight.dtype)
+    weight.copy_(rounded.T if transposed else rounded)
     if out_norm is not None:
         out_norm.fill_(delta.norm())
+    if residual is not None:
+        lost = (target.T if transposed else target) - weight
+        residual.copy_(lost.where(weight.isfinite(), 0.0))
 
 
 # ---- backends -------------------------------------------------------------------------------------------
@@ -179,6 +212,8 @@ def _low_rank_update_torch(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     """One fused product for a float32 weight; otherwise blocks of rows, whose float32 copy stays small."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -193,11 +228,17 @@ def _low_rank_update_torch(
         step = max(1, (1 << 22) // max(1, stored.shape[1]))
         for r in range(0, stored.shape[0], step):
             block = stored[r : r + step]
-            updated = block.to(work).addmm_(rows[r : r + step], columns.T, alpha=alpha)
+            updated = block.to(work)
+            if carry and residual is not None:
+                updated += residual[r : r + step]
+            updated.addmm_(rows[r : r + step], columns.T, alpha=alpha)
             if rounding == "stochastic":
                 random = _block_words(r, block.shape, stored.shape[0], transposed, seed, weight.device)
-                updated = round_stochastically(updated, random, stored.dtype)
-            block.copy_(updated)
+                block.copy_(round_stochastically(updated, random, stored.dtype))
+            else:
+                block.copy_(updated)
+            if residual is not None:
+                residual[r : r + step] = (updated - block).where(block.isfinite(), 0.0)
 
 
 def _block_words(
@@ -220,27 +261,46 @@ def _low_rank_update_compiled(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     left, right = _factors(left, right, torch.float32)
     if not weight.numel():
         return _write_norm(out_norm, left, right, alpha)
-    into = weight.detach()
-    if into.stride(1) != 1 and into.shape[1] > 1:
-        if into.stride(0) == 1:  # the other orientation of a stored matrix
-            into, transposed = into.T, not transposed
-        else:
-            check.once(
-                logging.WARNING,
-                "low_rank_update_: no dimension of weight is contiguous: copied there and back",
-            )
-            into = into.contiguous()
+    into, lost = weight.detach(), None if residual is None else residual.detach()
+    if into.stride(1) != 1 and into.shape[1] > 1 and into.stride(0) == 1:
+        # the other orientation of a stored matrix
+        into, lost, transposed = into.T, None if lost is None else lost.T, not transposed
     module = backend.extension()
+    used, used_lost = _unit_stride(into, "weight"), None if lost is None else _unit_stride(lost, "residual")
     module.low_rank_update(  # type: ignore[union-attr]
-        into, left, right, alpha, transposed, rounding == "stochastic", seed & 0xFFFFFFFFFFFFFFFF, out_norm
+        used,
+        left,
+        right,
+        alpha,
+        transposed,
+        rounding == "stochastic",
+        seed & 0xFFFFFFFFFFFFFFFF,
+        out_norm,
+        used_lost,
+        carry,
     )
-    if into.data_ptr() != weight.data_ptr():
-        weight.detach().copy_(into)
+    if used is not into:
+        into.copy_(used)
+    if lost is not None and used_lost is not lost:
+        lost.copy_(used_lost)
     return None
+
+
+def _unit_stride(matrix: Tensor, name: str) -> Tensor:
+    """The matrix, or a copy of it (said once) if the elements of a row are not adjacent."""
+    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix
+    check.once(
+        logging.WARNING,
+        f"low_rank_update_: rows of {name} are not contiguous (strides {matrix.stride()}): copied there and back",
+    )
+    return matrix.contiguous()
 
 
 def _low_rank_update_triton(
@@ -252,12 +312,16 @@ def _low_rank_update_triton(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     from ..kernels.low_rank import low_rank_update_triton
 
     left, right = _factors(left, right, torch.float32)
     _write_norm(out_norm, left, right, alpha)
-    low_rank_update_triton(weight.detach(), left, right, alpha, transposed, rounding == "stochastic", seed)
+    low_rank_update_triton(
+        weight.detach(), left, right, alpha, transposed, rounding == "stochastic", seed, residual, carry
+    )
 
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -313,7 +313,7 @@ def test_wrong_arguments_are_named():
         with pytest.raises(error, match="low_rank_update_: " + match):
             low_rank_update_(weight, *args, **options)
     with pytest.raises(
-        ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right and 1 out_norm"
+        ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right, 1 out_norm, 1 residual"
     ):
         low_rank_update_([weight], [left, left], [right])
     with pytest.raises(TypeError, match="must be lists of tensors like weight"):
