@@ -194,6 +194,76 @@ def test_real_sizes(name, d_out, d_in, rank, dtype):
     assert norm > 0
 
 
+# ---- the residual of rounding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(1, 1, 1), (17, 5, 3), (40, 36, 17)])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=lambda d: str(d).removeprefix("torch."))
+def test_weight_and_residual_are_the_float32_result(
+    served_by, device, dtype, d_out, d_in, rank, transposed, rounding
+):
+    weight, left, right = problem(d_out, d_in, rank, dtype, device, transposed)
+    target, _ = exact(weight, left, right, 0.7, transposed)
+    expected, expected_residual = weight.cpu().clone(), torch.empty(weight.shape)
+    options = {"transposed": transposed, "rounding": rounding, "seed": 4}
+    residual = torch.full(weight.shape, float("nan"), device=device)
+    low_rank_update_(weight, left, right, 0.7, residual=residual, **options)
+    assert relative_error(weight.cpu().double() + residual.cpu(), target) < 2e-6
+    low_rank_update_reference(expected, left.cpu(), right.cpu(), 0.7, residual=expected_residual, **options)
+    assert relative_error(expected.double() + expected_residual, target) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=lambda d: str(d).removeprefix("torch."))
+def test_carried_residuals_keep_the_sum_of_many_updates(served_by, device, dtype):
+    """Each update is far below half a unit; without the carry all of them are lost."""
+    weight = torch.ones(6, 7, dtype=dtype, device=device)
+    plain, residual = weight.clone(), torch.zeros(6, 7, device=device)
+    left, right = torch.full((6, 1), 2.0**-14, device=device), torch.ones(7, 1, device=device)
+    for _ in range(8):
+        low_rank_update_(weight, left, right, residual=residual, carry=True)
+        low_rank_update_(plain, left, right)
+    assert (plain == 1).all()
+    assert (weight.double() + residual == 1 + 8 * 2.0**-14).all()
+
+
+def test_residuals_of_any_stride(served_by, device):
+    left, right = random(9, 2, device=device, seed=2), random(6, 2, device=device, seed=3)
+    views = {
+        "both transposed": (
+            torch.zeros(6, 9, dtype=BF16, device=device).T,
+            torch.empty(6, 9, device=device).T,
+        ),
+        "one transposed": (torch.zeros(9, 6, dtype=BF16, device=device), torch.empty(6, 9, device=device).T),
+        "no contiguous dimension": (
+            torch.zeros(18, 12, dtype=BF16, device=device)[::2, ::2],
+            torch.empty(18, 12, device=device)[::2, ::2],
+        ),
+    }
+    for name, (weight, residual) in views.items():
+        low_rank_update_(weight, left, right, residual=residual)
+        assert relative_error((weight.float() + residual).cpu(), (left @ right.T).cpu()) < 2e-6, name
+
+
+def test_residual_with_nothing_to_add(served_by, device):
+    weight = random(5, 4, dtype=BF16, device=device)
+    before, residual = weight.clone(), torch.full((5, 4), float("nan"), device=device)
+    low_rank_update_(
+        weight, torch.ones(5, 0, device=device), torch.ones(4, 0, device=device), residual=residual
+    )
+    assert torch.equal(weight, before)
+    assert (residual == 0).all()
+
+
+def test_residual_of_what_is_not_finite_is_zero(served_by, device):
+    weight = torch.tensor([[float("inf"), float("nan"), 65504.0, 1.0]], dtype=FP16, device=device)
+    residual = torch.full((1, 4), float("nan"), device=device)
+    update = torch.tensor([[1.0], [1.0], [100.0], [2.0**-20]], device=device)
+    low_rank_update_(weight, torch.ones(1, 1, device=device), update, residual=residual)
+    assert residual.tolist() == [[0.0, 0.0, 0.0, 2.0**-20]]
+
+
 # ---- stochastic rounding --------------------------------------------------------------------------------
 
 
@@ -306,6 +376,13 @@ def test_wrong_arguments_are_named():
             (left, right),
             {"out_norm": torch.zeros(1, dtype=BF16)},
         ),
+        (
+            TypeError,
+            "weight, where a residual .*, must be .*, got float32",
+            (left, right),
+            {"residual": weight},
+        ),
+        (ValueError, "carry needs the residual", (left, right), {"carry": True}),
         (TypeError, "left must be .*, got int64", (left.long(), right), {}),
         (TypeError, "right must be a tensor, got NoneType", (left, None), {}),
         (ValueError, "right must be on cpu like weight, got meta", (left, right.to("meta")), {}),
@@ -316,7 +393,7 @@ def test_wrong_arguments_are_named():
         ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right, 1 out_norm, 1 residual"
     ):
         low_rank_update_([weight], [left, left], [right])
-    with pytest.raises(TypeError, match="must be lists of tensors like weight"):
+    with pytest.raises(TypeError, match="left must be a list of tensors like weight"):
         low_rank_update_([weight], left, [right])
     assert torch.equal(weight, before)
 
@@ -332,6 +409,12 @@ def test_shared_memory_is_refused():
     weight = torch.zeros(6, 6)
     with pytest.raises(ValueError, match="weight is written and must not share memory with left"):
         low_rank_update_(weight, weight[:, :2], torch.ones(6, 2))
+    half = torch.zeros(6, 6, dtype=BF16)
+    with pytest.raises(ValueError, match="residual is written and must not share memory with left"):
+        square = torch.zeros(6, 6)
+        low_rank_update_(half, square[:, :2], torch.ones(6, 2), residual=square)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        low_rank_update_(half, torch.ones(6, 2), torch.ones(6, 2), residual=torch.zeros(6, 5))
     with pytest.raises(ValueError, match="several of its elements share one place"):
         low_rank_update_(torch.zeros(6).expand(6, 6), torch.ones(6, 2), torch.ones(6, 2))
 
