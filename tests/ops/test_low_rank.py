@@ -1,4 +1,4 @@
-"""``low_rank_update_`` on every backend, the shared random words, and ``DualSolver``."""
+"""``low_rank_update_`` on every backend, and the shared random words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastedit
-from fastedit.ops import DualSolver, backend, low_rank_update_, low_rank_update_reference
+from fastedit.ops import backend, low_rank_update_, low_rank_update_reference
 from fastedit.ops.philox import philox, round_stochastically, runs_of_words, words
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -467,140 +467,3 @@ def test_torch_and_the_automatic_choice_agree(d_out, d_in, rank, dtype, transpos
             with backend.use_backend(name):
                 low_rank_update_(out, left, right, alpha, transposed=transposed)
         assert relative_error(out, target) < {BF16: 5e-3, FP16: 6e-4, FP32: 1e-6}[dtype]
-
-
-# ---- DualSolver -----------------------------------------------------------------------------------------
-
-
-def batches(d=300, n_batches=6, n=17, condition=1e7, ridge=1.0, seed=0):
-    """Feature batches for which εI + G Gᵀ has about the given condition number at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    total = n_batches * n
-    left, _ = torch.linalg.qr(torch.randn(d, total, dtype=FP64, generator=generator))
-    right, _ = torch.linalg.qr(torch.randn(total, total, dtype=FP64, generator=generator))
-    values = torch.logspace(0, np.log10(np.sqrt(condition * ridge)), total, dtype=FP64)
-    return list((left * values @ right).split(n, dim=1))
-
-
-def dense(stored, batch, ridge):
-    d = batch.shape[0]
-    system = ridge * torch.eye(d, dtype=FP64) + batch @ batch.T
-    if stored:
-        system += torch.cat(stored, dim=1) @ torch.cat(stored, dim=1).T
-    return torch.linalg.solve(system, batch)
-
-
-@pytest.mark.parametrize("ridge", [1.0, 1e-3, 50.0])
-def test_dual_solve_equals_the_dense_solve_over_six_batches(ridge):
-    """LTE 8.1 for the kernel itself: d = 300, condition 1e7, six sequential batches, relative error < 1e-8."""
-    parts = batches(ridge=ridge)
-    solver = DualSolver(300, ridge)
-    residual = random(40, 17, seed=5).double()
-    for i, batch in enumerate(parts):
-        Y, factor = solver.solve(batch)
-        expected = dense(parts[:i], batch, ridge)
-        assert relative_error(Y @ torch.cholesky_inverse(factor), expected) < 1e-8
-        assert relative_error(solver.divide(residual, factor) @ Y.T, residual @ expected.T) < 1e-8
-        solver.append(batch)
-    features = torch.cat(parts, dim=1)
-    gram = ridge * torch.eye(features.shape[1], dtype=FP64) + features.T @ features
-    assert solver.rank == 6 * 17
-    assert torch.equal(solver.features, features)
-    assert relative_error(solver.factor @ solver.factor.T, gram) < 1e-12
-    assert torch.equal(solver.factor, solver.factor.tril())
-
-
-def test_dual_solve_with_float32_storage():
-    parts = batches(condition=1e3)
-    solver = DualSolver(300, 1.0, dtype=FP32)
-    for i, batch in enumerate(parts):
-        Y, factor = solver.solve(batch)
-        assert relative_error(Y @ torch.cholesky_inverse(factor), dense(parts[:i], batch, 1.0)) < 1e-4
-        solver.append(batch)
-    assert solver.features.dtype == FP32
-    assert solver.factor.dtype == FP64
-
-
-def test_repeated_features_are_covered_by_the_ridge():
-    batch = random(30, 4, seed=1).double()
-    solver = DualSolver(30, 0.1)
-    solver.append(batch)
-    solver.append(batch)
-    Y, factor = solver.solve(batch)
-    assert relative_error(Y @ torch.cholesky_inverse(factor), dense([batch, batch], batch, 0.1)) < 1e-10
-
-
-def test_truncating_restores_the_bits():
-    parts = batches(d=40, n_batches=3, n=5)
-    solver = DualSolver(40, 1.0)
-    solver.append(parts[0])
-    solver.append(parts[1])
-    before = {name: value.clone() for name, value in solver.state_dict().items()}
-    solver.append(parts[2])
-    solver.truncate(10)
-    after = solver.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    first = solver.solve(parts[2])
-    solver.append(parts[2])
-    solver.truncate(10)
-    second = solver.solve(parts[2])
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(ValueError, match="k must be between 0 and 10, got 11"):
-        solver.truncate(11)
-
-
-def test_state_goes_on_where_it_was():
-    parts = batches(d=40, n_batches=3, n=5)
-    solver, other = DualSolver(40, 1.0), DualSolver(40, 1.0)
-    solver.append(parts[0])
-    solver.append(parts[1])
-    other.load_state_dict(solver.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(solver.solve(parts[2]), other.solve(parts[2]), strict=True))
-    other.append(parts[2])
-    assert solver.rank == 10
-    with pytest.raises(ValueError, match=r"the state has ridge 1.0, this solver 2.0"):
-        DualSolver(40, 2.0).load_state_dict(solver.state_dict())
-    with pytest.raises(ValueError, match=r"features must have shape \(41, 10\)"):
-        DualSolver(41, 1.0).load_state_dict(solver.state_dict())
-    with pytest.raises(KeyError, match="no 'factor'"):
-        other.load_state_dict({"features": parts[0]})
-
-
-def test_append_reuses_only_the_solve_of_the_same_values():
-    batch = random(12, 3, seed=1).double()
-    solver, other = DualSolver(12, 1.0), DualSolver(12, 1.0)
-    solver.solve(batch)
-    batch.mul_(2)
-    solver.append(batch)
-    other.append(batch.clone())
-    assert torch.equal(solver.factor, other.factor)
-
-
-def test_dual_solver_refuses():
-    for ridge in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="ridge must be positive and finite"):
-            DualSolver(4, ridge)
-    with pytest.raises(ValueError, match="d must be at least 1"):
-        DualSolver(0, 1.0)
-    with pytest.raises(TypeError, match="dtype must be float64 or float32, got bfloat16"):
-        DualSolver(4, 1.0, dtype=BF16)
-    solver = DualSolver(4, 1.0)
-    with pytest.raises(ValueError, match=r"features must have shape \(4, 2\) to fit d, got \(5, 2\)"):
-        solver.solve(torch.ones(5, 2))
-    with pytest.raises(TypeError, match="features must be floating point, got int64"):
-        solver.solve(torch.ones(4, 2, dtype=torch.int64))
-    bad = torch.ones(4, 3)
-    bad[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="features must be finite, but column 2 of 3 is not"):
-        solver.append(bad)
-    assert solver.rank == 0
-
-
-def test_a_failed_factorisation_names_the_smallest_pivot_and_stores_nothing():
-    solver = DualSolver(3, 1e-30)
-    batch = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    with pytest.raises(
-        fastedit.NumericalError, match=r"smallest pivot \S+ at column 1, ridge 1e-30.*raise the ridge"
-    ):
-        solver.append(batch)
-    assert solver.rank == 0
