@@ -7,12 +7,30 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .neuron_select import (
+    Selection,
+    gather_square,
+    gather_square_reference,
+    neuron_scores,
+    neuron_scores_reference,
+    neuron_select,
+    neuron_select_keys,
+    neuron_select_reference,
+)
 
 __all__ = [
     "DualSolver",
+    "Selection",
     "covariance_",
     "covariance_reference",
+    "gather_square",
+    "gather_square_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "neuron_scores",
+    "neuron_scores_reference",
+    "neuron_select",
+    "neuron_select_keys",
+    "neuron_select_reference",
     "use_backend",
 ]
