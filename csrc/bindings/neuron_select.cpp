@@ -30,6 +30,8 @@ int gather_square(const TensorView&, const TensorView&, const TensorView&, void*
 }  // namespace cuda
 #endif
 
+constexpr int64_t max_columns = int64_t(1) << 30;  // indices are 32 bits, and loops step beyond the last
+
 void require_contiguous(const char* name, const TensorView& view) {
   int64_t expected = 1;
   for (int i = view.n_dims - 1; i >= 0; --i) {
@@ -57,7 +59,7 @@ void neuron_select(py::handle scores_object, double mass, bool prefix, py::handl
   const TensorView counts = dlpack::view_of("counts", counts_object, use_dlpack);
   require_floating("scores", scores);
   require(scores.n_dims == 2, "scores: 2 dimensions expected, got shape " + shape_text(scores));
-  require(scores.shape[1] <= INT32_MAX, "scores: at most 2^31 - 1 columns expected, got shape " + shape_text(scores));
+  require(scores.shape[1] <= max_columns, "scores: at most 2^30 columns expected, got shape " + shape_text(scores));
   require(mass > 0.0, "mass: a positive number expected, got " + std::to_string(mass));
   require_dtype(mask.dtype == DType::boolean, "mask", mask, "bool");
   require_dtype(indices.dtype == DType::i32, "indices", indices, "int32");
@@ -108,7 +110,7 @@ void gather_square(py::handle matrix_object, py::handle indices_object, py::hand
   const TensorView out = dlpack::view_of("out", out_object, use_dlpack);
   require_floating("matrix", matrix);
   require_shape("matrix", matrix, matrix.shape[0], matrix.shape[0]);
-  require(matrix.shape[0] <= INT32_MAX, "matrix: at most 2^31 - 1 columns expected, got shape " + shape_text(matrix));
+  require(matrix.shape[0] <= max_columns, "matrix: at most 2^30 columns expected, got shape " + shape_text(matrix));
   require_dtype(indices.dtype == DType::i32 || indices.dtype == DType::i64, "indices", indices, "int32 or int64");
   require_length("indices", indices, indices.shape[0]);
   require_dtype(out.dtype == matrix.dtype, "out", out, name_of(matrix.dtype));

@@ -16,7 +16,7 @@ from . import backend, check
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _RULES = ("at_least", "prefix")
-_MAX_COLUMNS = 2**31 - 1  # indices are int32
+_MAX_COLUMNS = 2**30  # indices are int32, and kernels may look a little beyond the last
 
 
 class Selection(NamedTuple):
@@ -30,7 +30,7 @@ class Selection(NamedTuple):
 def _columns(op: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size > _MAX_COLUMNS:
-            raise ValueError(f"{op}: {name} must have at most 2^31 - 1 columns, got {size}")
+            raise ValueError(f"{op}: {name} must have at most 2^30 columns, got {size}")
 
 
 def _check_select(scores: Tensor, mass: float, rule: str = "at_least") -> None:
@@ -95,7 +95,7 @@ def neuron_select(scores: Tensor, mass: float, *, rule: str = "at_least") -> Sel
     all outputs have fixed shapes.
 
     Args:
-        scores: (..., d), bfloat16, float16, float32 or float64, not negative; any strides. d < 2^31.
+        scores: (..., d), bfloat16, float16, float32 or float64, not negative; any strides. d <= 2^30.
         mass: the share p > 0. From 1 on everything is selected, whatever the rule.
         rule: ``"at_least"``: the fewest of the largest scores whose sum is >= p · total; ``"prefix"``: the
             most whose sum is <= p · total. Neither selects nothing: at least the largest score is taken.
@@ -159,7 +159,7 @@ def gather_square(matrix: Tensor, indices: Tensor) -> Tensor:
     """Rows and columns of a square matrix at the same indices, in one pass: ``matrix[indices][:, indices]``.
 
     Args:
-        matrix: (d, d), bfloat16, float16, float32 or float64; any strides. d < 2^31.
+        matrix: (d, d), bfloat16, float16, float32 or float64; any strides. d <= 2^30.
         indices: (s,), int32 or int64, each in [0, d), in any order, repeated or not; any stride.
 
     Returns:
