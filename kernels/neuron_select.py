@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import common
-
 
 @triton.jit
 def _patterns(row_ptr, start, D, BLOCK: tl.constexpr):
@@ -75,10 +73,10 @@ def _neuron_select_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: one row. HELD: BLOCK >= D, and the search keeps the row in registers; otherwise each pass reads
-    it again, as does the end, which writes the results in pieces of CHUNK.
+    """One program: one row.
 
-    The wanted score is found bit by bit: a bit is set if the mass of all scores not below the result still passes
+    HELD: BLOCK >= D, and the search keeps the row in registers; otherwise each pass reads it again, as does the end,
+    which writes the results in pieces of CHUNK. The wanted score is found bit by bit: a bit is set if the mass of all scores not below the result still passes
     the limit. Masses are integers, so no order of addition changes anything.
 
     Work: KEY_BITS - LOW_BITS sums over the row. Memory, if held: scores twice, the second time from a cache; the
@@ -165,7 +163,16 @@ def _neuron_scores_kernel(keys_ptr, out_ptr, D, N, stride_kd, stride_kn, BLOCK: 
 
 @triton.jit
 def _gather_square_kernel(
-    matrix_ptr, indices_ptr, out_ptr, D, S, stride_m0, stride_m1, stride_i, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    matrix_ptr,
+    indices_ptr,
+    out_ptr,
+    D,
+    S,
+    stride_m0,
+    stride_m1,
+    stride_i,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program: ROWS × BLOCK elements of the square. Memory: what is selected once, the square once."""
     blocks = tl.cdiv(S, BLOCK)
@@ -174,7 +181,9 @@ def _gather_square_kernel(
     from_row = tl.load(indices_ptr + r.to(tl.int64) * stride_i, mask=r < S, other=-1).to(tl.int64)[:, None]
     from_column = tl.load(indices_ptr + c.to(tl.int64) * stride_i, mask=c < S, other=-1).to(tl.int64)[None, :]
     inside = (from_row >= 0) & (from_row < D) & (from_column >= 0) & (from_column < D)
-    values = tl.load(matrix_ptr + from_row * stride_m0 + from_column * stride_m1, mask=inside, other=float("nan"))
+    values = tl.load(
+        matrix_ptr + from_row * stride_m0 + from_column * stride_m1, mask=inside, other=float("nan")
+    )
     place = r.to(tl.int64)[:, None] * S + c.to(tl.int64)[None, :]
     tl.store(out_ptr + place, values, mask=(r < S)[:, None] & (c < S)[None, :])
 
@@ -183,7 +192,12 @@ def _gather_square_kernel(
 # spills with Triton 3.6 and 3.9 (tests/compile/test_triton.py), not by timing.
 _HELD = {4: 16384, 8: 8192}
 _CHUNK = 4096  # of a row that is read piece by piece
-_LOW_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0, torch.float64: 0}  # zero in every pattern
+_LOW_BITS = {
+    torch.bfloat16: 16,
+    torch.float16: 13,
+    torch.float32: 0,
+    torch.float64: 0,
+}  # zero in every pattern
 
 
 def configuration(d, dtype):

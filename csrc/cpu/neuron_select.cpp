@@ -158,6 +158,8 @@ int64_t limit_of(int64_t total, double mass, SelectRule rule) {
 }
 
 // --- The passes over a row, in plain code ----------------------------------------------------------------------------
+//
+// Comparisons become numbers, not branches: which way they go is random.
 
 template <class Real>
 struct Summary {
@@ -178,12 +180,12 @@ struct Split {
 template <class Real>
 FASTEDIT_INLINE Summary<Real> scan_generic(const Real* row, int64_t n) {
   Real largest = 0;
-  bool valid = true;
+  int valid = 1;
   for (int64_t i = 0; i < n; ++i) {
-    valid &= row[i] >= 0 && row[i] < std::numeric_limits<Real>::infinity();
+    valid &= int(row[i] >= 0) & int(row[i] < std::numeric_limits<Real>::infinity());
     largest = row[i] > largest ? row[i] : largest;
   }
-  return {largest, valid};
+  return {largest, valid != 0};
 }
 
 // Sums of all values, of those above `high`, and of those in [low, high], which are packed into `kept`.
@@ -193,10 +195,10 @@ FASTEDIT_INLINE Sums partition_generic(const Real* row, int64_t n, Real low, Rea
   for (int64_t i = 0; i < n; ++i) {
     const Real value = row[i];
     const int64_t steps = steps_in(value, grid);
-    const bool above = value > high, within = value >= low && !above;
+    const int64_t above = value > high, within = int64_t(value >= low) & ~above;
     sums.total += steps;
-    sums.above += above ? steps : 0;
-    sums.within += within ? steps : 0;
+    sums.above += steps & -above;
+    sums.within += steps & -within;
     kept[sums.n_kept] = value;
     sums.n_kept += within;
   }
@@ -209,8 +211,8 @@ FASTEDIT_INLINE Split split_generic(Real* values, int64_t n, Real pivot, Grid gr
   Split split{};
   for (int64_t i = 0; i < n; ++i) {
     const Real value = values[i];
-    const bool upper = value >= pivot;
-    split.sum += upper ? steps_in(value, grid) : 0;
+    const int64_t upper = value >= pivot;
+    split.sum += steps_in(value, grid) & -upper;
     lower[i - split.n_upper] = value;
     values[split.n_upper] = value;
     split.n_upper += upper;
@@ -224,10 +226,10 @@ template <class Real>
 FASTEDIT_INLINE int64_t emit_generic(const Real* row, int64_t start, int64_t n, Real threshold, int64_t n_ties,
                                      int64_t count, uint8_t* mask, int32_t* indices) {
   for (int64_t i = start; i < n; ++i) {
-    const bool tie = row[i] == threshold && n_ties > 0;
-    const bool selected = row[i] > threshold || tie;
+    const int64_t tie = int64_t(row[i] == threshold) & int64_t(n_ties > 0);
+    const int64_t selected = int64_t(row[i] > threshold) | tie;
     n_ties -= tie;
-    mask[i] = selected;
+    mask[i] = uint8_t(selected);
     indices[count] = int32_t(i);  // overwritten unless selected: count <= i
     count += selected;
   }
@@ -466,29 +468,35 @@ struct Bracket {
   Real low, high;
 };
 
-// Bounds between which the wanted score probably lies: the mass by score of a sample, two to four standard deviations
+// Bounds between which the wanted score probably lies: the mass by score of a sample, two or three standard deviations
 // to either side. The sample is runs of 16, evenly spaced; which they are cannot change the result.
 template <class Real>
 Bracket<Real> guess(const Real* row, int64_t n, Real largest, double mass) {
   using P = Pattern<Real>;
+  using Bits = typename P::Bits;
   constexpr int64_t runs = 64, run = 16, per_binade = 16, n_bins = 512;
   if (n < 4 * runs * run || mass >= 1.0) return {Real(0), largest};
   constexpr int shift = P::mantissa - 4;  // a bin holds the values that agree in all bits above
-  const auto top = pattern_of(largest) >> shift;
-  double bins[n_bins] = {}, sum = 0, squares = 0;
+  const Bits top = pattern_of(largest) >> shift;
+  const Real scale = 1 / std::max(largest, std::numeric_limits<Real>::min());
+  Real bins[n_bins] = {}, lane_sum[run] = {}, lane_squares[run] = {};
   for (int64_t r = 0; r < runs; ++r) {
     const Real* from = row + (n - run) * r / (runs - 1);
+    Real share[run];
+    Bits bin[run];
     for (int64_t i = 0; i < run; ++i) {
-      const double share = double(from[i] / largest);
-      const auto bin = top - (pattern_of(from[i] + Real(0)) >> shift);  // + 0: a negative zero
-      bins[std::min<int64_t>(int64_t(bin), n_bins - 1)] += share;
-      sum += share;
-      squares += share * share;
+      share[i] = from[i] * scale;
+      bin[i] = std::min(top - (pattern_of(from[i] + Real(0)) >> shift), Bits(n_bins - 1));  // + 0: a negative zero
+      lane_sum[i] += share[i];
+      lane_squares[i] += share[i] * share[i];
     }
+    for (int64_t i = 0; i < run; ++i) bins[bin[i]] += share[i];
   }
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < run; ++i) sum += lane_sum[i], squares += lane_squares[i];
   static_assert(per_binade == 1 << (P::mantissa - shift));
   if (sum == 0) return {Real(0), largest};
-  const double margin = std::sqrt(squares);  // of the sum: one over the root of the effective number
+  const double margin = 0.6 * std::sqrt(squares);  // the sum over the root of the effective number of scores in it
   int64_t first = 0, last = 0;
   double before = 0;
   for (; first < n_bins - 1 && before + bins[first] < mass * sum - margin; ++first) before += bins[first];
@@ -606,33 +614,45 @@ void select_rows(const NeuronSelectPlan& plan, const TensorView& scores, double 
 
 constexpr int64_t score_block = 2048;  // neurons whose sums stay in the first-level cache
 
-// sums[i] += |keys[i, j]| for `n` neurons and four j in order. Keys of one j are read as Real into `values` first.
+// sums[i] += |values of neuron i|, for n neurons and one key after the other. Values of a key are adjacent, keys
+// `pitch` apart.
 template <class Real>
-FASTEDIT_INLINE void add_magnitudes(const Real* values, int64_t n, double* sums) {
-  for (int64_t i = 0; i < n; ++i) sums[i] += std::fabs(double(values[i]));
+FASTEDIT_INLINE void add_generic(const Real* values, int64_t pitch, int64_t n_keys, int64_t n, double* sums) {
+  int64_t j = 0;
+  for (; j + 4 <= n_keys; j += 4) {
+    const Real *a = values + j * pitch, *b = a + pitch, *c = b + pitch, *d = c + pitch;
+    for (int64_t i = 0; i < n; ++i) {
+      double sum = sums[i] + std::fabs(double(a[i]));
+      sum += std::fabs(double(b[i]));
+      sum += std::fabs(double(c[i]));
+      sums[i] = sum + std::fabs(double(d[i]));
+    }
+  }
+  for (; j < n_keys; ++j)
+    for (int64_t i = 0; i < n; ++i) sums[i] += std::fabs(double(values[j * pitch + i]));
 }
 
 template <class Real>
-void add_scalar(const Real* values, int64_t n, double* sums) {
-  add_magnitudes(values, n, sums);
+void add_scalar(const Real* values, int64_t pitch, int64_t n_keys, int64_t n, double* sums) {
+  add_generic(values, pitch, n_keys, n, sums);
 }
 
 #if defined(__x86_64__)
 template <class Real>
-FASTEDIT_AVX2 void add_avx2(const Real* values, int64_t n, double* sums) {
-  add_magnitudes(values, n, sums);
+FASTEDIT_AVX2 void add_avx2(const Real* values, int64_t pitch, int64_t n_keys, int64_t n, double* sums) {
+  add_generic(values, pitch, n_keys, n, sums);
 }
 template <class Real>
-FASTEDIT_AVX512 void add_avx512(const Real* values, int64_t n, double* sums) {
-  add_magnitudes(values, n, sums);
+FASTEDIT_AVX512 void add_avx512(const Real* values, int64_t pitch, int64_t n_keys, int64_t n, double* sums) {
+  add_generic(values, pitch, n_keys, n, sums);
 }
 #endif
 
 template <class Real>
-using AddMagnitudes = void (*)(const Real* values, int64_t n, double* sums);
+using Add = void (*)(const Real* values, int64_t pitch, int64_t n_keys, int64_t n, double* sums);
 
 template <class Real>
-AddMagnitudes<Real> add_of(Isa isa) {
+Add<Real> add_of(Isa isa) {
 #if defined(__x86_64__)
   if (isa >= Isa::avx512) return add_avx512<Real>;
   if (isa == Isa::avx2) return add_avx2<Real>;
@@ -641,47 +661,74 @@ AddMagnitudes<Real> add_of(Isa isa) {
   return add_scalar<Real>;
 }
 
+constexpr int64_t side = 32;  // of the square of keys that is turned at a time
+
+// to[j][i] = from[i * pitch + j]. A float32 square is turned in pieces of 4 by 4.
+template <class Real>
+FASTEDIT_INLINE void turn(const Real* from, int64_t pitch, Real (&to)[side][side]) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Real) == 4) {
+    for (int64_t i = 0; i < side; i += 4)
+      for (int64_t j = 0; j < side; j += 4) {
+        const float* at = from + i * pitch + j;
+        __m128 a = _mm_loadu_ps(at), b = _mm_loadu_ps(at + pitch);
+        __m128 c = _mm_loadu_ps(at + 2 * pitch), d = _mm_loadu_ps(at + 3 * pitch);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(&to[j][i], a);
+        _mm_storeu_ps(&to[j + 1][i], b);
+        _mm_storeu_ps(&to[j + 2][i], c);
+        _mm_storeu_ps(&to[j + 3][i], d);
+      }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < side; ++j)
+    for (int64_t i = 0; i < side; ++i) to[j][i] = from[i * pitch + j];
+}
+
 // Sums of the neurons [start, start + n), n <= score_block.
 template <class Real>
-void score_neurons(const TensorView& keys, int64_t start, int64_t n, Read<Real> read, AddMagnitudes<Real> add,
-                   double* sums) {
+void score_neurons(const TensorView& keys, int64_t start, int64_t n, Read<Real> read, Add<Real> add, double* sums) {
   const int64_t n_keys = keys.shape[1], size = size_of(keys.dtype);
   const char* data = static_cast<const char*>(keys.data) + start * keys.stride[0] * size;
   std::fill(sums, sums + n, 0.0);
   if (keys.stride[0] == 1 || n == 1) {
-    Real values[score_block];
-    for (int64_t j = 0; j < n_keys; ++j) {
-      const char* from = data + j * keys.stride[1] * size;
-      if (size == int64_t(sizeof(Real))) {
-        add(reinterpret_cast<const Real*>(from), n, sums);
-      } else {
-        read(from, 1, n, values);
-        add(values, n, sums);
-      }
+    if (size == int64_t(sizeof(Real))) {
+      add(reinterpret_cast<const Real*>(data), keys.stride[1], n_keys, n, sums);
+      return;
+    }
+    Real values[4][score_block];
+    for (int64_t j = 0; j < n_keys; j += 4) {
+      const int64_t nj = std::min<int64_t>(4, n_keys - j);
+      for (int64_t k = 0; k < nj; ++k) read(data + (j + k) * keys.stride[1] * size, 1, n, values[k]);
+      add(values[0], score_block, nj, n, sums);
     }
     return;
   }
-  // Neurons apart in memory: a square of keys at a time is turned in the cache.
-  constexpr int64_t side = 32;
-  Real row[side], turned[side][side];
+  const bool in_place = keys.stride[1] == 1 && size == int64_t(sizeof(Real));
+  Real square[side][side] = {}, turned[side][side];
   for (int64_t i0 = 0; i0 < n; i0 += side)
     for (int64_t j0 = 0; j0 < n_keys; j0 += side) {
       const int64_t ni = std::min(side, n - i0), nj = std::min(side, n_keys - j0);
-      for (int64_t i = 0; i < ni; ++i) {
-        read(data + ((i0 + i) * keys.stride[0] + j0 * keys.stride[1]) * size, keys.stride[1], nj, row);
-        for (int64_t j = 0; j < nj; ++j) turned[j][i] = row[j];
+      const char* corner = data + (i0 * keys.stride[0] + j0 * keys.stride[1]) * size;
+      if (in_place && ni == side && nj == side) {
+        turn(reinterpret_cast<const Real*>(corner), keys.stride[0], turned);
+      } else {
+        for (int64_t i = 0; i < ni; ++i) read(corner + i * keys.stride[0] * size, keys.stride[1], nj, square[i]);
+        turn(square[0], side, turned);
       }
-      for (int64_t j = 0; j < nj; ++j) add(turned[j], ni, sums + i0);
+      add(turned[0], side, nj, ni, sums + i0);
     }
 }
 
 template <class Real>
 void score_all(const TensorView& keys, const TensorView& out, Isa isa, int threads) {
   const int64_t d = keys.shape[0];
+  if (d == 0) return;
   if (keys.numel() < small_work / 4) threads = 1;
   const int64_t block = std::min(score_block, round_up(ceil_div(d, threads), 64));
   const Read<Real> read = read_of<Real>(keys.dtype, isa);
-  const AddMagnitudes<Real> add = add_of<Real>(isa);
+  const Add<Real> add = add_of<Real>(isa);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t start = 0; start < d; start += block)
     score_neurons(keys, start, std::min(block, d - start), read, add, static_cast<double*>(out.data) + start);

@@ -7,6 +7,7 @@ their sum, and the subsystem of those neurons. The rule ``"at_least"`` is the pa
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -195,12 +196,12 @@ def neuron_select_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain torch: sorted, added up in integers, cut; what every backend is tested against."""
     d = scores.shape[-1]
+    if scores.numel() == 0:
+        mask, indices, counts = _empty_selection(scores)
+        return mask, indices, counts.zero_()
     rows = scores.reshape(-1, d).double()
     valid = ((rows >= 0) & rows.isfinite()).all(1, keepdim=True)
     rows = torch.where(valid, rows, 0)
-    if rows.numel() == 0:
-        mask, indices, counts = _empty_selection(scores)
-        return mask, indices, counts.zero_()
     order = rows.sort(dim=1, descending=True, stable=True).indices
     prefix = _grid_steps(rows).gather(1, order).cumsum(1)
     if mass >= 1:
@@ -213,8 +214,10 @@ def neuron_select_reference(
             counts = (prefix <= target.floor().long()).sum(1, keepdim=True)
     counts = torch.where(valid, counts.clamp(1, d), 0)
     position = torch.arange(d, device=rows.device)
-    mask = torch.empty_like(rows, dtype=torch.bool).scatter_(1, order, position < counts)
-    indices = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices  # the selected first, in ascending order
+    mask = rows.new_empty(rows.shape, dtype=torch.bool).scatter_(1, order, position < counts)
+    indices = (
+        (~mask).to(torch.uint8).sort(dim=1, stable=True).indices
+    )  # the selected first, in ascending order
     indices = torch.where(position < counts, indices, -1).int()
     return mask.reshape(scores.shape), indices.reshape(scores.shape), counts.int().reshape(scores.shape[:-1])
 
@@ -244,40 +247,43 @@ def gather_square_reference(matrix: Tensor, indices: Tensor) -> Tensor:
 # ---- backends -------------------------------------------------------------------------------------------
 
 
-def _rows(scores: Tensor) -> Tensor:
-    """Scores as (B, d) of unit last stride; says once if that takes a copy."""
+def _rows(scores: Tensor, any_stride: bool = False) -> Tensor:
+    """Scores as (B, d), of unit last stride unless ``any_stride``; says once if that takes a copy."""
+    if scores.dim() == 2 and (any_stride or scores.stride(1) == 1):
+        return scores
     d = scores.shape[-1]
     rows = scores.reshape(scores.shape[:-1].numel(), d)
-    if d > 1 and rows.stride(1) != 1:
+    if d > 1 and rows.stride(1) != 1 and not any_stride:
         rows = rows.contiguous()
     if rows.numel() and rows.data_ptr() != scores.data_ptr():
         check.once(
             logging.WARNING,
             f"neuron_select: scores of shape {tuple(scores.shape)} and strides {scores.stride()} cannot be read as "
-            "rows and are copied; a contiguous last dimension avoids it",
+            "rows and are copied; a contiguous last dimension and evenly spaced rows avoid it",
         )
     return rows
 
 
-def _select_compiled(scores: Tensor, mass: float, rule: str = "at_least") -> tuple[Tensor, Tensor, Tensor]:
+def _select_into(
+    fill: Callable[..., None], scores: Tensor, rows: Tensor, mass: float, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
     mask, indices, counts = _empty_selection(scores)
-    rows = _rows(scores.detach())
-    module = backend.extension()
-    module.neuron_select(  # type: ignore[union-attr]
-        rows, mass, rule == "prefix", mask.view(rows.shape), indices.view(rows.shape), counts.view(-1)
-    )
+    if scores.dim() == 2:
+        fill(rows, mass, rule == "prefix", mask, indices, counts)
+    else:
+        fill(rows, mass, rule == "prefix", mask.view(rows.shape), indices.view(rows.shape), counts.view(-1))
     return mask, indices, counts
+
+
+def _select_compiled(scores: Tensor, mass: float, rule: str = "at_least") -> tuple[Tensor, Tensor, Tensor]:
+    rows = _rows(scores.detach(), any_stride=scores.device.type == "cpu")
+    return _select_into(backend.extension().neuron_select, scores, rows, mass, rule)  # type: ignore[union-attr]
 
 
 def _select_triton(scores: Tensor, mass: float, rule: str = "at_least") -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.neuron_select import neuron_select_triton
 
-    mask, indices, counts = _empty_selection(scores)
-    rows = _rows(scores)
-    neuron_select_triton(
-        rows, mass, rule == "prefix", mask.view(rows.shape), indices.view(rows.shape), counts.view(-1)
-    )
-    return mask, indices, counts
+    return _select_into(neuron_select_triton, scores, _rows(scores), mass, rule)
 
 
 def _scores_compiled(keys: Tensor) -> Tensor:
