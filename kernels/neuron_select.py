@@ -76,8 +76,8 @@ def _neuron_select_kernel(
     """One program: one row.
 
     HELD: BLOCK >= D, and the search keeps the row in registers; otherwise each pass reads it again, as does the end,
-    which writes the results in pieces of CHUNK. The wanted score is found bit by bit: a bit is set if the mass of all scores not below the result still passes
-    the limit. Masses are integers, so no order of addition changes anything.
+    which writes the results in pieces of CHUNK. The wanted score is found bit by bit: a bit is set if the mass of all
+    scores not below the result still passes the limit. Masses are integers, so no order of addition changes anything.
 
     Work: KEY_BITS - LOW_BITS sums over the row. Memory, if held: scores twice, the second time from a cache; the
     results once.

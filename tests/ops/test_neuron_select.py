@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -397,6 +398,15 @@ def test_any_row_agrees_with_the_reference(values, mass, rule):
 def test_scores_on_the_grid_are_decided_in_exact_arithmetic(values, mass, rule):
     scores = torch.tensor(values, dtype=FP32)
     assert int(neuron_select(scores, mass, rule=rule).counts) == exact_count(values, mass, rule)
+
+
+def test_the_example_of_the_documentation_runs():
+    page = Path(__file__).resolve().parents[2] / "docs" / "ops" / "neuron_select.md"
+    if not page.exists():
+        pytest.skip("not a source tree: no docs")
+    names = {}
+    exec(page.read_text().split("```python\n")[1].split("```")[0], names)
+    assert torch.equal(names["system"], torch.eye(int(names["count"])))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------
