@@ -122,6 +122,9 @@ def run(stem: str, module: Any, device: str, options: argparse.Namespace) -> Res
     for problem in module.problems(device, options.quick):
         print(f"{problem.op} {problem.shape} {problem.dtype}", file=sys.stderr)
         rows += measured(problem, device, repetitions, limit)
+        if options.out is not None:  # already now: a run that is stopped keeps what it has measured
+            options.out.mkdir(parents=True, exist_ok=True)
+            save(options.out / f"{stem}_{device}.csv", rows, machine(device), limit)
     return Result(stem, device, machine(device), limit, rows)
 
 
@@ -337,6 +340,7 @@ def finish(options: argparse.Namespace, results: Sequence[Result]) -> None:
             if any(row["p50_ms"] is not None for row in result.rows):
                 path = options.out / f"{result.stem}_{result.device}.csv"
                 save(path, result.rows, result.machine, result.limits)
+                print(f"wrote {path}", file=sys.stderr)
     if options.plot:
         from fastedit.bench.plot import draw
 
@@ -360,7 +364,6 @@ def save(path: Path, rows: list[dict[str, Any]], about: dict[str, Any], limit: d
         writer.writeheader()
         for row in rows:
             writer.writerow({key: text(value) for key, value in {**row, **extra}.items()})
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def text(value: Any) -> str:

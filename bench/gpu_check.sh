@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Build, test and measure on a machine with an NVIDIA GPU, without a network.
 #
-#   bash bench/gpu_check.sh                build, tests, benchmarks: under ten minutes
+#   bash bench/gpu_check.sh                build, tests, memory checks, benchmarks: under ten minutes
 #   QUICK=1 bash bench/gpu_check.sh        small sizes only
+#   TUNE=1 bash bench/gpu_check.sh         search the Triton configuration tables too, in the time that is left
+#   STEPS="build tests" bash ...           only these steps (machine build info tests memcheck racecheck bench tune)
 #   OUT=folder bash bench/gpu_check.sh     where tables and logs go (default: bench/results)
+#   LIMIT=900 bash bench/gpu_check.sh      seconds for everything (default: 570)
 #
 # Needs python3 with torch, triton, pytest, hypothesis, pybind11, ninja and setuptools, and nvcc. Nothing is
-# downloaded; the card's settings are left alone. The last lines are a summary; the exit status is that of the
-# first step that failed.
+# downloaded; the card's settings are left alone. Every step has its own limit, its log <step>.log, and what it has
+# written when it is stopped is kept. The last lines are a summary; the exit status is that of the first step that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -15,10 +18,11 @@ out=${OUT:-bench/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 status=0
+total=${LIMIT:-570}
 summary=()
 linked=$root/build/site  # only if an editable install is not possible: see install_editable
 rm -rf "$linked"
-trap 'if [ -d "$linked" ]; then rm -rf "$linked" "$root/fastedit/kernels"; fi' EXIT
+trap 'if [ -d "$linked" ]; then rm -rf "$linked"; rm -f "$root/fastedit/kernels" "$root/fastedit/bench"; fi' EXIT
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
 capability=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)
@@ -33,13 +37,23 @@ fi
 export FASTEDIT_CUDA_ARCHS FASTEDIT_CUDA=1
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
+wanted() { [ -z "${STEPS:-}" ] || [[ " $STEPS " == *" $1 "* ]]; }
+
 step() {  # step <name> <seconds> <command...>: run it with a time limit, keep its output, remember how it ended
-  local name=$1 limit=$2 begin=$SECONDS code=0
+  local name=$1 limit=$2 begin=$SECONDS code=0 left=$((total - SECONDS)) how=ok
   shift 2
+  wanted "${name%%_*}" || return 0
+  if [ "$left" -lt 10 ]; then
+    summary+=("$(printf '%-22s %5s   not run: %s s are over' "$name" - "$total")")
+    [ $status = 0 ] && status=124
+    return 0
+  fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
   echo "== $name"
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
   tail -n "${LINES_SHOWN:-12}" "$out/$name.log"
-  summary+=("$(printf '%-22s %5ss  %s' "$name" $((SECONDS - begin)) "$([ $code = 0 ] && echo ok || echo "exit status $code")")")
+  if [ $code = 124 ] || [ $code = 137 ]; then how="stopped after $limit s"; elif [ $code != 0 ]; then how="exit status $code"; fi
+  summary+=("$(printf '%-22s %5ss  %s' "$name" $((SECONDS - begin)) "$how")")
   if [ $code != 0 ] && [ $status = 0 ]; then status=$code; fi
   return 0
 }
@@ -56,14 +70,22 @@ install_editable() {
   mkdir -p "$linked"
   ln -sfn "$root/fastedit" "$linked/fastedit"
   ln -sfn "$root/kernels" "$root/fastedit/kernels"
+  ln -sfn "$root/bench" "$root/fastedit/bench"
 }
-export -f machine install_editable
+sanitize() {  # the CUDA kernels at small sizes; torch's own kernels are not looked at
+  local tool=$1
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: not run"; return 0; }
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kns=fastedit --error-exitcode 9 \
+    --target-processes all python3 -m pytest -q -p no:cacheprovider -p no:xdist -W default tests/ops/test_gpu.py \
+    -k "cuda and neighbours or cuda and ranks and carried or cuda and fill and 768 or float64_on_the_cuda"
+}
+export -f machine install_editable sanitize
 export root linked
 
 LINES_SHOWN=6 step machine 30 bash -c machine
 LINES_SHOWN=4 step build 180 bash -c install_editable
 if [ -d "$linked" ]; then export PYTHONPATH=$linked${PYTHONPATH:+:$PYTHONPATH}; fi
-LINES_SHOWN=20 step info 40 python3 -c '
+LINES_SHOWN=60 step info 40 python3 -c '
 from fastedit.ops import backend
 for row in backend.table():
     print(row.op.ljust(20), row.backend.ljust(7), row.device.ljust(5), "yes" if row.available else row.reason)'
@@ -71,12 +93,25 @@ tests=(tests/ops)
 [ -d tests/csrc ] && tests+=(tests/csrc)
 workers=()  # kernels compile at their first launch: several processes shorten that
 python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-LINES_SHOWN=30 step tests 160 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
+LINES_SHOWN=30 step tests 170 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
+LINES_SHOWN=4 step memcheck 60 bash -c 'sanitize memcheck'
+LINES_SHOWN=4 step racecheck 60 bash -c 'sanitize racecheck'
+
 extra=()
 [ -n "${QUICK:-}" ] && extra=(--quick)
-for stem in covariance low_rank; do
-  LINES_SHOWN=70 step "bench_$stem" 95 python3 "bench/$stem.py" --device cuda --out "$out" "${extra[@]}"
+# every hot path that `fastedit bench` knows; they share the time that is left
+read -r -a stems <<<"$(python3 -c 'from fastedit.cli.bench import STEMS; print(*STEMS)')"
+left=${#stems[@]}
+reserve=0
+[ -n "${TUNE:-}" ] && reserve=90
+for stem in "${stems[@]}"; do
+  share=$(((total - SECONDS - reserve) / left))
+  LINES_SHOWN=70 step "bench_$stem" $((share < 20 ? 20 : share)) python3 "bench/$stem.py" --device cuda --out "$out" "${extra[@]}"
+  left=$((left - 1))
 done
+if [ -n "${TUNE:-}" ]; then
+  LINES_SHOWN=40 step tune $((total - SECONDS)) python3 bench/tune.py --seconds $((total - SECONDS - 15)) --out "$out"
+fi
 
 echo "== summary (details in $out)"
 printf '%s\n' "${summary[@]}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-VARIANTS = {  # name: (dtype of weight, rank, stochastic rounding, words counted down columns, 4 words a counter, residual)
+# name: (dtype of weight, rank, stochastic rounding, words counted down columns, 4 words a counter, residual)
+VARIANTS = {
     "bf16": ("bf16", 100, False, False, True, False),
     "fp32": ("fp32", 100, False, False, True, False),
     "bf16_stochastic": ("bf16", 100, True, False, True, False),
@@ -35,7 +36,13 @@ def launch(architecture, variant):
             "R": "i32", "stride_rows": "i32", "stride_cols": "i32", "R_PADDED": "i32", "SPLIT": True,
             "BLOCK": 1024,
         }  # fmt: skip
-        return module._prepare_factors_kernel, arguments, ("out_ptr", "rows_ptr", "cols_ptr", "R_PADDED"), 4, 3
+        return (
+            module._prepare_factors_kernel,
+            arguments,
+            ("out_ptr", "rows_ptr", "cols_ptr", "R_PADDED"),
+            4,
+            3,
+        )
     weight = getattr(torch, DTYPES[dtype])
     config = module.configuration(architecture, weight, rank, stochastic and not aligned)
     block_rows, block_cols, block_r, warps, stages = config
