@@ -7,6 +7,12 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .retrieval import (
+    max_inner_product,
+    max_inner_product_reference,
+    nearest_key,
+    nearest_key_reference,
+)
 
 __all__ = [
     "DualSolver",
@@ -14,5 +20,9 @@ __all__ = [
     "covariance_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "max_inner_product",
+    "max_inner_product_reference",
+    "nearest_key",
+    "nearest_key_reference",
     "use_backend",
 ]
