@@ -59,8 +59,9 @@ SearchPlan plan_search(const SearchArguments& in, Isa isa, int threads);
 // best of what was searched before, and then also of these keys.
 void search(const SearchPlan& plan, const SearchArguments& in, double* values, int64_t* indices, void* workspace);
 
-// Codes of x (N, d) float32, unit last stride, in blocks from `data` on; N is padded with zeros to whole blocks.
-void encode(const TensorView& x, Isa isa, int threads, uint8_t* data, float* step, float* error, float* norm);
+// Codes of x (n, d) float32, unit last stride, as keys `first` to `first` + n - 1 of those arrays.
+void encode(const TensorView& x, int64_t first, Isa isa, int threads, uint8_t* data, float* step, float* error,
+            float* norm);
 
 }  // namespace cpu
 

@@ -255,15 +255,17 @@ void search_keys(py::handle queries_object, py::handle keys_object, py::handle v
   cpu::search(plan, arguments, static_cast<double*>(values.data), static_cast<int64_t*>(indices.data), scratch.get());
 }
 
-void encode_keys(py::handle x_object, const py::tuple& codes_objects, const py::object& isa_name, bool use_dlpack) {
+void encode_keys(py::handle x_object, const py::tuple& codes_objects, int64_t first, const py::object& isa_name,
+                 bool use_dlpack) {
   const TensorView x = dlpack::view_of("x", x_object, use_dlpack);
   require_dtype(x.dtype == DType::f32, "x", x, "float32");
   require_unit_stride("x", x);
   require_cpu("x", x);
-  const CodeTensors codes(codes_objects, x.shape[0], x.shape[1], x, use_dlpack);
+  require(first >= 0, "first: must not be negative");
+  const CodeTensors codes(codes_objects, first + x.shape[0], x.shape[1], x, use_dlpack);
   const Isa isa = isa_of(isa_name, best_isa());
   py::gil_scoped_release release;
-  cpu::encode(x, isa, max_threads(), static_cast<uint8_t*>(codes.data.data), codes.floats(codes.step),
+  cpu::encode(x, first, isa, max_threads(), static_cast<uint8_t*>(codes.data.data), codes.floats(codes.step),
               codes.floats(codes.error), codes.floats(codes.norm));
 }
 
@@ -287,7 +289,7 @@ void bind_retrieval(py::module_& m) {
         py::arg("scan_queries").none(true) = py::none(), py::arg("rest").none(true) = py::none(),
         py::arg("isa") = py::none(), py::arg("use_dlpack") = true);
   m.def("encode_keys", &encode_keys, "Codes of float32 rows: (data, step, error, norm, None) is written.",
-        py::arg("x"), py::arg("codes"), py::kw_only(), py::arg("isa") = py::none(), py::arg("use_dlpack") = true);
+        py::arg("x"), py::arg("codes"), py::arg("first") = 0, py::kw_only(), py::arg("isa") = py::none(), py::arg("use_dlpack") = true);
 }
 
 }  // namespace fastedit

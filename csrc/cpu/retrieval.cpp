@@ -21,6 +21,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -45,6 +46,9 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef float HalfFloats __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 constexpr int64_t lanes = 16;
 
 template <class Vector, class T>
@@ -54,54 +58,67 @@ FASTEDIT_INLINE void load(Vector& v, const T* from) {
 
 template <class Vector>
 FASTEDIT_INLINE auto sum_lanes(const Vector& v) {
-  auto total = v[0];
-  for (size_t i = 1; i < sizeof(v) / sizeof(v[0]); ++i) total += v[i];
-  return total;
+  constexpr int n = int(sizeof(v) / sizeof(v[0]));
+  std::decay_t<decltype(v[0])> part[n];
+  std::memcpy(part, &v, sizeof(v));
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 }
 
-// Inner product with every query, and the row's squared norm.
-FASTEDIT_INLINE void products_generic(const float* row, const float* queries, int64_t d, int64_t n, float* out,
-                                      float& norm) {
-  Floats square[4] = {};
-  for (int64_t b = 0; b < n; ++b) {
-    const float* query = queries + b * d;
-    Floats sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * lanes <= d; i += 4 * lanes)
-      for (int v = 0; v < 4; ++v) {
-        Floats x, y;
-        load(x, row + i + v * lanes);
-        load(y, query + i + v * lanes);
-        sum[v] += x * y;
-        if (b == 0) square[v] += x * x;
+// Sums of 4 vectors and a rest, in a fixed order.
+template <class Vector, class T>
+FASTEDIT_INLINE T sum_all(const Vector (&sum)[4], T last) {
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + last;
+}
+
+// Rows come from memory one page after the other, and the hardware fetches ahead within a page only.
+FASTEDIT_INLINE void prefetch(const float* at) { __builtin_prefetch(at + 1024); }
+
+// Inner products of a row with n queries, and the row's squared norm.
+template <int n>
+FASTEDIT_INLINE void products_generic(const float* row, const float* queries, int64_t d, float* out, float& norm) {
+  Floats sum[n][4] = {}, square[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= d; i += 4 * lanes)
+    for (int v = 0; v < 4; ++v) {
+      Floats x, y;
+      load(x, row + i + v * lanes);
+      prefetch(row + i + v * lanes);
+      for (int b = 0; b < n; ++b) {
+        load(y, queries + b * d + i + v * lanes);
+        sum[b][v] += x * y;
       }
-    float last = 0, last_square = 0;
-    for (; i < d; ++i) {
-      last += row[i] * query[i];
-      last_square += row[i] * row[i];
+      square[v] += x * x;
     }
-    out[b] = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + last;
-    if (b == 0) norm = sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + last_square;
+  float last[n] = {}, last_square = 0;
+  for (; i < d; ++i) {
+    for (int b = 0; b < n; ++b) last[b] += row[i] * queries[b * d + i];
+    last_square += row[i] * row[i];
   }
+  for (int b = 0; b < n; ++b) out[b] = sum_all(sum[b], last[b]);
+  norm = sum_all(square, last_square);
 }
 
-FASTEDIT_INLINE void squares_generic(const float* row, const float* queries, int64_t d, int64_t n, float* out) {
-  for (int64_t b = 0; b < n; ++b) {
-    const float* query = queries + b * d;
-    Floats sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * lanes <= d; i += 4 * lanes)
-      for (int v = 0; v < 4; ++v) {
-        Floats x, y;
-        load(x, row + i + v * lanes);
-        load(y, query + i + v * lanes);
-        x -= y;
-        sum[v] += x * x;
+// Squared distances of a row from n queries.
+template <int n>
+FASTEDIT_INLINE void squares_generic(const float* row, const float* queries, int64_t d, float* out) {
+  Floats sum[n][4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= d; i += 4 * lanes)
+    for (int v = 0; v < 4; ++v) {
+      Floats x, y;
+      load(x, row + i + v * lanes);
+      prefetch(row + i + v * lanes);
+      for (int b = 0; b < n; ++b) {
+        load(y, queries + b * d + i + v * lanes);
+        sum[b][v] += (x - y) * (x - y);
       }
-    float last = 0;
-    for (; i < d; ++i) last += (row[i] - query[i]) * (row[i] - query[i]);
-    out[b] = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + last;
-  }
+    }
+  float last[n] = {};
+  for (; i < d; ++i)
+    for (int b = 0; b < n; ++b) last[b] += (row[i] - queries[b * d + i]) * (row[i] - queries[b * d + i]);
+  for (int b = 0; b < n; ++b) out[b] = sum_all(sum[b], last[b]);
 }
 
 // The values that decide, in float64.
@@ -120,7 +137,7 @@ FASTEDIT_INLINE double exact_generic(const float* row, const float* query, int64
       else
         sum[v] += k * q;
     }
-  double total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  double total = sum_all(sum, 0.0);
   for (; i < d; ++i) {
     const double k = double(row[i]) * scale, q = query[i];
     total += nearest ? (k - q) * (k - q) : k * q;
@@ -134,36 +151,53 @@ struct Encoded {
 
 // Codes of a row, 4 bytes of every 64. A row of small whole numbers times `scale` has exact codes.
 FASTEDIT_INLINE Encoded encode_generic(const float* row, int64_t d, bool whole, float scale, uint8_t* out) {
+  Floats most[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= d; i += 4 * lanes)
+    for (int v = 0; v < 4; ++v) {
+      Floats x;
+      load(x, row + i + v * lanes);
+      x = x < 0 ? -x : x;
+      most[v] = x > most[v] ? x : most[v];
+    }
   float largest = 0;
-  for (int64_t i = 0; i < d; ++i) {
-    const float x = std::fabs(row[i]);
-    largest = x > largest ? x : largest;
-  }
+  for (int v = 0; v < 4; ++v)
+    for (int lane = 0; lane < lanes; ++lane) largest = std::max(largest, most[v][lane]);
+  for (; i < d; ++i) largest = std::max(largest, std::fabs(row[i]));
   const bool zero = !(largest > 1e-30f);  // too small for a quotient: all of it counts as error
   const float step = whole ? 1.0f : zero ? 0.0f : largest / 127.0f;
   const float inverse = whole ? 1.0f : zero ? 0.0f : 127.0f / largest;
-  float error[64] = {}, norm[64] = {};
-  uint8_t bytes[64];
-  for (int64_t i = 0; i < d; i += 64) {
-    const int64_t n = std::min<int64_t>(64, d - i);
-    float x[64];
-    if (n < 64) std::fill(x, x + 64, 0.0f);
-    std::memcpy(x, row + i, size_t(n) * sizeof(float));
-    for (int v = 0; v < 64; ++v) {
-      float quotient = x[v] * inverse;
-      quotient = quotient > -128.0f ? quotient : -128.0f;
-      quotient = quotient < 127.0f ? quotient : 127.0f;
-      // adding 1.5 * 2^23 leaves the nearest whole number in the low bits
-      const float shifted = quotient + 12582912.0f;
-      const float e = x[v] - step * (shifted - 12582912.0f);
+  const Floats lowest = Floats{} - 128.0f, highest = Floats{} + 127.0f;
+  Floats error[4] = {}, norm[4] = {};
+  const auto encode_64 = [&](const float* from, Bytes(&bytes)[4]) __attribute__((always_inline)) {
+    for (int v = 0; v < 4; ++v) {
+      Floats x;
+      load(x, from + v * lanes);
+      prefetch(from + v * lanes);
+      Floats quotient = x * inverse;
+      quotient = quotient > lowest ? quotient : lowest;
+      quotient = quotient < highest ? quotient : highest;
+      const Floats shifted = quotient + 12582912.0f;  // 1.5 * 2^23: the nearest whole number is in the low bits
+      const Floats e = x - step * (shifted - 12582912.0f);
       error[v] += e * e;
-      norm[v] += x[v] * x[v];
-      bytes[v] = uint8_t(bits_of(shifted) + 128u);
+      norm[v] += x * x;
+      bytes[v] = __builtin_convertvector((Words)shifted + 128, Bytes);
     }
-    for (int64_t v = 0; v < n; v += 4) std::memcpy(out + (i + v) / 4 * 64, bytes + v, 4);
+  };
+  Bytes bytes[4];
+  for (i = 0; i + 64 <= d; i += 64) {
+    encode_64(row + i, bytes);
+    for (int at = 0; at < 64; at += 4)
+      std::memcpy(out + i * 16 + at * 16, reinterpret_cast<const uint8_t*>(bytes) + at, 4);
   }
-  float error_sum = 0, norm_sum = 0;
-  for (int v = 0; v < 64; ++v) error_sum += error[v], norm_sum += norm[v];
+  if (i < d) {
+    float last[64] = {};
+    std::memcpy(last, row + i, size_t(d - i) * sizeof(float));
+    encode_64(last, bytes);
+    for (int64_t at = 0; at < d - i; at += 4)
+      std::memcpy(out + i * 16 + at * 16, reinterpret_cast<const uint8_t*>(bytes) + at, 4);
+  }
+  const float error_sum = sum_all(error, 0.0f), norm_sum = sum_all(norm, 0.0f);
   // positive sums of d / 64 + 64 terms, and squares too small for float32
   const float up = 1.0f + (float(d) / 64 + 80) * unit, least = std::sqrt(float(d)) * 1e-18f, factor = std::fabs(scale);
   Encoded result;
@@ -183,22 +217,46 @@ struct QueryBound {
   bool empty;          // a query with NaN finds nothing
 };
 
-// Products to bounds, in place; the number of bounds that are not less than `bar`.
-FASTEDIT_INLINE int64_t bounds_generic(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes,
-                                       bool nearest, float bar) {
+template <class Vector>
+FASTEDIT_INLINE void bound_of(const Vector& product, const Vector& step, const Vector& error, const Vector& norm,
+                              const Vector& rest, const QueryBound& q, bool nearest, Vector& value) {
+  value = step * (product * q.step);
+  value += error * q.by_error + norm * q.by_norm + rest * q.by_rest + q.constant;
+  if (nearest) value = 2.0f * value - norm * norm * q.shrink - q.norm_squared;
+}
+
+// Products to bounds, in place; whether there is one that is not less than `bar`.
+template <bool nearest, bool with_rest>
+FASTEDIT_INLINE bool bounds_generic(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes, float bar) {
   float* out = reinterpret_cast<float*>(products);
-  int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) {
+  Words below = ~Words{};
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    Integers product;
+    Floats step, error, norm, rest = {};
+    load(product, products + j);
+    load(step, codes.step + j);
+    load(error, codes.error + j);
+    load(norm, codes.norm + j);
+    if (with_rest) load(rest, codes.rest + j);
+    const Floats exact = __builtin_convertvector(product - q.correction, Floats);
+    Floats value;
+    bound_of(exact, step, error, norm, rest, q, nearest, value);
+    std::memcpy(out + j, &value, sizeof(value));
+    below &= (Words)(value < bar);
+  }
+  bool reached = false;
+  for (int64_t lane = 0; lane < lanes; ++lane) reached = reached || below[lane] == 0;
+  for (; j < n; ++j) {
     int32_t product;
     std::memcpy(&product, products + j, 4);
-    float value = codes.step[j] * (q.step * float(product - q.correction));
-    value += codes.error[j] * q.by_error + codes.norm[j] * q.by_norm + q.constant;
-    if (codes.rest) value += codes.rest[j] * q.by_rest;
-    if (nearest) value = 2 * value - codes.norm[j] * codes.norm[j] * q.shrink - q.norm_squared;
+    const float rest = with_rest ? codes.rest[j] : 0.0f;
+    float value;
+    bound_of(float(product - q.correction), codes.step[j], codes.error[j], codes.norm[j], rest, q, nearest, value);
     std::memcpy(out + j, &value, 4);
-    count += !(value < bar);
+    reached = reached || !(value < bar);
   }
-  return count;
+  return reached;
 }
 
 // --- Products of codes: out[query][key], over blocks of 16 keys ----------------------------------------------------
@@ -336,17 +394,21 @@ struct Kernels {
   void (*squares)(const float* row, const float* queries, int64_t d, int64_t n, float* out);
   double (*exact)(bool nearest, const float* row, const float* query, int64_t d, double scale);
   Encoded (*encode)(const float* row, int64_t d, bool whole, float scale, uint8_t* out);
-  int64_t (*bounds)(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes, bool nearest, float bar);
+  bool (*bounds)(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes, bool nearest, float bar);
   Dots dots;
 };
 
 #define FASTEDIT_KERNELS(SUFFIX, TARGET)                                                                              \
   TARGET void products_##SUFFIX(const float* row, const float* queries, int64_t d, int64_t n, float* out,             \
                                 float& norm) {                                                                        \
-    products_generic(row, queries, d, n, out, norm);                                                                  \
+    n == 1   ? products_generic<1>(row, queries, d, out, norm)                                                        \
+    : n == 2 ? products_generic<2>(row, queries, d, out, norm)                                                        \
+             : products_generic<3>(row, queries, d, out, norm);                                                       \
   }                                                                                                                   \
   TARGET void squares_##SUFFIX(const float* row, const float* queries, int64_t d, int64_t n, float* out) {            \
-    squares_generic(row, queries, d, n, out);                                                                         \
+    n == 1   ? squares_generic<1>(row, queries, d, out)                                                               \
+    : n == 2 ? squares_generic<2>(row, queries, d, out)                                                               \
+             : squares_generic<3>(row, queries, d, out);                                                              \
   }                                                                                                                   \
   TARGET double exact_##SUFFIX(bool nearest, const float* row, const float* query, int64_t d, double scale) {         \
     return nearest ? exact_generic<true>(row, query, d, scale) : exact_generic<false>(row, query, d, scale);          \
@@ -354,9 +416,12 @@ struct Kernels {
   TARGET Encoded encode_##SUFFIX(const float* row, int64_t d, bool whole, float scale, uint8_t* out) {                \
     return encode_generic(row, d, whole, scale, out);                                                                 \
   }                                                                                                                   \
-  TARGET int64_t bounds_##SUFFIX(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes, bool nearest, \
-                                 float bar) {                                                                         \
-    return bounds_generic(products, n, q, codes, nearest, bar);                                                       \
+  TARGET bool bounds_##SUFFIX(int32_t* products, int64_t n, const QueryBound& q, const Codes& codes, bool nearest,    \
+                              float bar) {                                                                            \
+    return codes.rest ? nearest ? bounds_generic<true, true>(products, n, q, codes, bar)                              \
+                                : bounds_generic<false, true>(products, n, q, codes, bar)                             \
+           : nearest  ? bounds_generic<true, false>(products, n, q, codes, bar)                                       \
+                      : bounds_generic<false, false>(products, n, q, codes, bar);                                     \
   }
 
 FASTEDIT_KERNELS(scalar, )
@@ -769,17 +834,19 @@ void search(const SearchPlan& plan, const SearchArguments& in, double* values, i
   }
 }
 
-void encode(const TensorView& x, Isa isa, int threads, uint8_t* data, float* step, float* error, float* norm) {
-  const int64_t n = x.shape[0], d = x.shape[1], steps = code_steps(d), blocks = ceil_div(n, block_keys);
+void encode(const TensorView& x, int64_t first, Isa isa, int threads, uint8_t* data, float* step, float* error,
+            float* norm) {
+  const int64_t n = x.shape[0], d = x.shape[1], steps = code_steps(d);
   const Kernels kernels = kernels_for(isa);
   const auto* rows = static_cast<const float*>(x.data);
+  if (n * d < small_work) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t j = block * block_keys; j < std::min(n, (block + 1) * block_keys); ++j) {
-      uint8_t* out = data + block * steps * 64 + j % block_keys * 4;
-      const Encoded e = kernels.encode(rows + j * x.stride[0], d, false, 1.0f, out);
-      step[j] = e.step, error[j] = e.error, norm[j] = e.norm;
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t j = first + i;
+    uint8_t* out = data + j / block_keys * steps * 64 + j % block_keys * 4;
+    const Encoded e = kernels.encode(rows + i * x.stride[0], d, false, 1.0f, out);
+    step[j] = e.step, error[j] = e.error, norm[j] = e.norm;
+  }
 }
 
 }  // namespace fastedit::cpu

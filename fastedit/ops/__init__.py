@@ -6,6 +6,7 @@ the same operations for graphs and other libraries.
 
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
+from .key_index import FaissIndex, KeyIndex
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
 from .retrieval import (
     max_inner_product,
@@ -16,6 +17,8 @@ from .retrieval import (
 
 __all__ = [
     "DualSolver",
+    "FaissIndex",
+    "KeyIndex",
     "covariance_",
     "covariance_reference",
     "low_rank_update_",

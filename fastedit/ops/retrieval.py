@@ -21,7 +21,12 @@ MAX_K = 64
 
 
 def _check_common(
-    op: str, queries: Tensor, keys: Tensor, alive: Tensor | None, scale: Tensor | None, **others: Tensor | None
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    alive: Tensor | None,
+    scale: Tensor | None,
+    **others: Tensor | None,
 ) -> None:
     check.matrix(op, queries=queries, keys=keys)
     check.last_dim(op, queries.shape[1], "queries", keys=keys)
@@ -125,7 +130,7 @@ def nearest_key(
     finite (NaN included) are never found. No gradient.
     """
     check.is_tensor("nearest_key", queries=queries, keys=keys)
-    return backend.call("nearest_key", queries, keys, radius, alive, scale)  # type: ignore[no-any-return]
+    return backend.call("nearest_key", queries, keys, radius, alive, scale)
 
 
 def max_inner_product(
@@ -163,7 +168,7 @@ def max_inner_product(
     Scores that are NaN or −infinity are never found. No gradient.
     """
     check.is_tensor("max_inner_product", queries=queries, keys=keys)
-    return backend.call("max_inner_product", queries, keys, threshold, k, alive, scale, ties)  # type: ignore[no-any-return]
+    return backend.call("max_inner_product", queries, keys, threshold, k, alive, scale, ties)
 
 
 # ---- references -----------------------------------------------------------------------------------------
@@ -229,7 +234,14 @@ def max_inner_product_reference(
 # ---- torch ----------------------------------------------------------------------------------------------
 
 
-def _exact(
+def nothing_found(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices, (B, k), of a search that has not begun."""
+    shape = (queries.shape[0], k)
+    values = torch.full(shape, -math.inf, dtype=torch.float64, device=queries.device)
+    return values, torch.full(shape, -1, device=queries.device)
+
+
+def exact_values(
     queries: Tensor, keys: Tensor, scale: Tensor | None, b: Tensor, j: Tensor, nearest: bool
 ) -> Tensor:
     """Scores, or minus the squared distances, of the pairs (queries[b], keys[j]) in float64."""
@@ -243,7 +255,7 @@ def _exact(
     return out.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
-def _merge(
+def merge(
     values: Tensor, indices: Tensor, b: Tensor, new: Tensor, j: Tensor, highest: bool
 ) -> tuple[Tensor, Tensor]:
     """The best k of each query, of those found before and of pairs with greater indices, ascending in j."""
@@ -262,7 +274,7 @@ def _merge(
     return score[keep].view(n, k), index[keep].view(n, k)
 
 
-def _search_torch(
+def search_torch(
     queries: Tensor,
     keys: Tensor,
     k: int,
@@ -270,16 +282,19 @@ def _search_torch(
     scale: Tensor | None,
     nearest: bool,
     highest: bool = False,
+    offset: int = 0,
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best k scores, or minus squared distances, (B, k) in float64, and their indices (−1: none).
+
+    ``found`` is what this function returned for earlier keys; ``offset`` is the index of the first of these.
 
     A chunk of keys at a time: products in float32 differ from the exact ones by at most γ‖q‖‖k‖, γ =
     (d + 8)·2⁻²⁴ with room for the other roundings, and squared distances formed from them by at most
     γ(‖q‖ + ‖k‖)². What could be among the best k by that bound is computed again in float64.
     """
     n, d = queries.shape
-    values = torch.full((n, k), -math.inf, dtype=torch.float64, device=queries.device)
-    indices = torch.full((n, k), -1, device=queries.device)
+    values, indices = found or nothing_found(queries, k)
     if n == 0:
         return values, indices
     queries = queries.detach().float()
@@ -313,9 +328,25 @@ def _search_torch(
         b, j = ((upper >= bar[:, None]) & (upper > -math.inf)).nonzero(as_tuple=True)
         if len(b):
             j = j + start
-            exact = _exact(queries, keys, scale, b, j, nearest)
-            values, indices = _merge(values, indices, b, exact, j, highest)
+            exact = exact_values(queries, keys, scale, b, j, nearest)
+            values, indices = merge(values, indices, b, exact, j + offset, highest)
     return values, indices
+
+
+def covering(values: Tensor, indices: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Index and distance of :func:`nearest_key` from the best value of each query."""
+    distance, index = (-values[:, 0]).sqrt().float(), indices[:, 0]
+    covered = distance < math.inf
+    if radius is not None and radius.shape[0]:
+        covered &= distance <= radius[index.clamp(min=0)]
+    return torch.where(covered, index, -1), distance
+
+
+def beating(values: Tensor, indices: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Indices and scores of :func:`max_inner_product` from the best values of each query."""
+    scores = values.float()
+    beaten = scores > (-math.inf if threshold is None else threshold[:, None])
+    return torch.where(beaten, indices, -1), torch.where(beaten, scores, -math.inf)
 
 
 def _nearest_torch(
@@ -325,12 +356,7 @@ def _nearest_torch(
     alive: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    values, indices = _search_torch(queries, keys, 1, alive, scale, nearest=True)
-    distance, index = (-values[:, 0]).sqrt().float(), indices[:, 0]
-    covered = distance < math.inf
-    if radius is not None and keys.shape[0]:
-        covered &= distance <= radius[index.clamp(min=0)]
-    return torch.where(covered, index, -1), distance
+    return covering(*search_torch(queries, keys, 1, alive, scale, nearest=True), radius)
 
 
 def _product_torch(
@@ -342,10 +368,8 @@ def _product_torch(
     scale: Tensor | None = None,
     ties: str = "lowest",
 ) -> tuple[Tensor, Tensor]:
-    values, indices = _search_torch(queries, keys, k, alive, scale, nearest=False, highest=ties == "highest")
-    scores = values.float()
-    beaten = scores > (-math.inf if threshold is None else threshold[:, None])
-    return torch.where(beaten, indices, -1), torch.where(beaten, scores, -math.inf)
+    found = search_torch(queries, keys, k, alive, scale, nearest=False, highest=ties == "highest")
+    return beating(*found, threshold)
 
 
 # ---- compiled -------------------------------------------------------------------------------------------
@@ -392,7 +416,14 @@ def _product_compiled(
     indices, scores = _product_fake(queries, keys, threshold, k)
     module = backend.extension()
     module.max_inner_product(  # type: ignore[union-attr]
-        queries, keys, indices, scores, threshold=threshold, alive=alive, scale=scale, highest=ties == "highest"
+        queries,
+        keys,
+        indices,
+        scores,
+        threshold=threshold,
+        alive=alive,
+        scale=scale,
+        highest=ties == "highest",
     )
     return indices, scores
 
@@ -409,7 +440,7 @@ def _nearest_triton(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.retrieval import nearest_key_triton
 
-    return nearest_key_triton(queries, keys, radius, alive, scale)  # type: ignore[no-any-return]
+    return nearest_key_triton(queries, keys, radius, alive, scale)
 
 
 def _product_triton(
@@ -423,7 +454,7 @@ def _product_triton(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.retrieval import max_inner_product_triton
 
-    return max_inner_product_triton(queries, keys, threshold, k, alive, scale, ties)  # type: ignore[no-any-return]
+    return max_inner_product_triton(queries, keys, threshold, k, alive, scale, ties)
 
 
 for _name, _torch, _compiled, _triton in (
