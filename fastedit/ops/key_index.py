@@ -256,13 +256,12 @@ class KeyIndex:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to make the store again, as tensors and plain values; codes are made anew."""
         n = self.n_added
-        state = {"dim": self.dim, "dtype": check.name_of(self.dtype), "n_added": n}
+        state: dict[str, Any] = {"dim": self.dim, "dtype": check.name_of(self.dtype), "n_added": n}
         state |= {"alive": self._alive[:n].clone(), "radius": self._radius[:n].clone()}
         state["keys"] = torch.cat([self._empty_keys(), *(chunk.keys[: chunk.n] for chunk in self._chunks)])
         if self.dtype == torch.int8:
-            state["scale"] = torch.cat(
-                [self._radius[:0], *(chunk.scale[: chunk.n] for chunk in self._chunks)]
-            )  # type: ignore[index]
+            scales = [chunk.scale[: chunk.n] for chunk in self._chunks if chunk.scale is not None]
+            state["scale"] = torch.cat([self._radius[:0], *scales])
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
