@@ -130,7 +130,7 @@ def nearest_key(
     finite (NaN included) are never found. No gradient.
     """
     check.is_tensor("nearest_key", queries=queries, keys=keys)
-    return backend.call("nearest_key", queries, keys, radius, alive, scale)
+    return backend.call("nearest_key", queries.detach(), keys.detach(), radius, alive, scale)
 
 
 def max_inner_product(
@@ -168,7 +168,9 @@ def max_inner_product(
     Scores that are NaN or −infinity are never found. No gradient.
     """
     check.is_tensor("max_inner_product", queries=queries, keys=keys)
-    return backend.call("max_inner_product", queries, keys, threshold, k, alive, scale, ties)
+    return backend.call(
+        "max_inner_product", queries.detach(), keys.detach(), threshold, k, alive, scale, ties
+    )
 
 
 # ---- references -----------------------------------------------------------------------------------------
