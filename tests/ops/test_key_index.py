@@ -145,9 +145,11 @@ def test_appending_moves_no_key(monkeypatch):
     index = KeyIndex(4)
     index.add(torch.ones(5, 4))
     where = index._chunks[0].keys.data_ptr()
-    index.add(torch.ones(50, 4))
+    for _ in range(15):
+        index.add(torch.ones(2, 4))
+    index.add(torch.ones(60, 4))
     assert index._chunks[0].keys.data_ptr() == where
-    assert [chunk.capacity for chunk in index._chunks] == [8, 8, 16, 32]
+    assert [chunk.capacity for chunk in index._chunks] == [8, 8, 16, 32, 64]
 
 
 def test_wrong_arguments_are_named():
