@@ -17,6 +17,7 @@ namespace fastedit {
 void bind_covariance(py::module_& m);
 void bind_low_rank(py::module_& m);
 void bind_neuron_select(py::module_& m);
+void bind_retrieval(py::module_& m);
 
 namespace {
 
@@ -54,5 +55,6 @@ PYBIND11_MODULE(_C, m) {
   fastedit::bind_covariance(m);
   fastedit::bind_low_rank(m);
   fastedit::bind_neuron_select(m);
+  fastedit::bind_retrieval(m);
   m.def("info", &fastedit::info, "What was built, what this machine has, and why CUDA is not available if it is not.");
 }
