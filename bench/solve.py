@@ -1,7 +1,7 @@
 """Thin solves: the update of one layer for a batch of edits, against the solves of published editing code.
 
-The work is that of a batch on a layer whose statistics are known: from keys K (and earlier keys) to the factors or the
-matrix of the update, in float64 but where the published code solves in float32. Adding the update to the weight is
+The work is that of a batch on a layer whose statistics are known: from keys K (and earlier keys) to the factors or
+the matrix of the update, in float64 but where the published code solves in float32. Adding the update to the weight is
 left out: it is the same low-rank update for all but the last, which form it densely (bench/low_rank.py).
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import CovarianceFactor, Projector, RidgeSolver, ridge_factors
 
 OPS = ("alphaedit", "memit", "ultraedit")

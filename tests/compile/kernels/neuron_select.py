@@ -24,6 +24,7 @@ QUICK = ("fp32", "fp64_long")
 def launch(architecture, variant):
     """Kernel, its arguments, those that divide by 16, warps, stages: as on contiguous tensors of usual sizes."""
     import torch
+
     from fastedit.kernels import neuron_select as module
 
     kernel, dtype, d, rule = VARIANTS[variant]
