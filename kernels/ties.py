@@ -125,7 +125,9 @@ def _locate_kernel(
     in_high = (below_high > 0) & (below_inside <= 0)
     known = in_high | in_low
     mode = tl.where(known, _AT_END, tl.where(in_collected, _COLLECTED, _MISSED))
-    rank = tl.where(in_high, below_high, tl.where(in_low, below_low, tl.where(in_collected, below_inside, keep)))
+    rank = tl.where(
+        in_high, below_high, tl.where(in_low, below_low, tl.where(in_collected, below_inside, keep))
+    )
     tl.store(state + _MODE, mode.to(tl.int64))
     tl.store(state + _FIRST, tl.where(known, tl.where(in_high, high, low), 0))
     tl.store(state + _RANK, rank)
@@ -335,7 +337,17 @@ def _merge_kernel(
         weights = tl.zeros((BLOCK,), tl.float32)
         for i in range(M):
             u, weight, _ = _update(
-                base_ptr, address_ptr, weight_ptr, state_ptr, quota_ptr, i, tile, offsets, valid, N_TILES, ALIGNED
+                base_ptr,
+                address_ptr,
+                weight_ptr,
+                state_ptr,
+                quota_ptr,
+                i,
+                tile,
+                offsets,
+                valid,
+                N_TILES,
+                ALIGNED,
             )
             agrees = (plus & (u > 0)) | ((plus == 0) & (u < 0))
             merged += tl.where(agrees, u, 0.0)
@@ -367,7 +379,7 @@ def _poison_kernel(out_ptr, status_ptr, N, M, BLOCK: tl.constexpr):
 
 
 # (interpreted or compiled) -> entries of a tile, tiles a histogram reads, entries of a sample, warps
-_CONFIG = {True: (256, 2, 256, 1), False: (4096, 16, 32768, 8)}
+_CONFIG = {True: (256, 2, 256, 1), False: (2048, 32, 32768, 8)}
 
 
 def configuration(interpreted):
@@ -437,7 +449,9 @@ def ties_merge_triton(out, base, tensors, plan, scale, status):
             _describe_kernel[(1,)](address, keep, weights, i, tensor, k, weight, num_warps=1)
         if trims:
             _count_kernel[(m, tiles)](base, address, keep, brackets, counts, collected, n, capacity, **flags)
-        _locate_kernel[(m,)](keep, brackets, counts, state, bins, n, tiles if trims else 0, capacity, BLOCK=1024)
+        _locate_kernel[(m,)](
+            keep, brackets, counts, state, bins, n, tiles if trims else 0, capacity, BLOCK=1024
+        )
         if trims:
             width = 31
             for shift in (20, 10, 0):

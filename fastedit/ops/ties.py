@@ -172,7 +172,9 @@ def ties_merge(
         raise TypeError(f"{op}: tensors must be a list of tensors, got one tensor")
     check.is_tensor(op, **{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
     factors = [1.0] * len(tensors) if weights is None else [float(w) for w in weights]
-    shares = [float(density)] * len(tensors) if isinstance(density, (int, float)) else [float(d) for d in density]
+    shares = (
+        [float(density)] * len(tensors) if isinstance(density, (int, float)) else [float(d) for d in density]
+    )
     if normalise is None:
         normalise = variant != "magnitude"
     return backend.call(
@@ -312,11 +314,13 @@ def _ties_torch(
         for update, weight in zip(updates, plan.weights, strict=True):
             agrees = (update != 0) & ((update > 0) == plus)
             merged += torch.where(agrees, update, 0)
-            divisor += weight * agrees
+            divisor += weight * agrees.to(start.dtype)
         if plan.normalise:
             merged = scale * merged / torch.where(divisor == 0, 1, divisor)
     else:
-        merged = total / total.new_full((1,), plan.divisor)  # by a number, a GPU would multiply by its inverse
+        merged = total / total.new_full(
+            (1,), plan.divisor
+        )  # by a number, a GPU would multiply by its inverse
     out = (start + merged).to(base.dtype)
     _report(out, status, len(rows), nonfinite)
     return torch.where(status < len(rows), math.nan, out).to(base.dtype).reshape(base.shape)

@@ -37,7 +37,7 @@ def launch(architecture, variant):
         "ELECT": True, "NORMALISE": True, "MAJORITY": variant == "merge_again", "AGAIN": variant == "merge_again",
     }  # fmt: skip
     arguments = {argument: known[argument] for argument in kernel.arg_names}
-    divisible = tuple(argument for argument in arguments if argument.endswith("_ptr"))
+    divisible = tuple(argument for argument in arguments if argument.endswith("_ptr") or argument == "N")
     return kernel, arguments, divisible, warps if name not in ("locate", "quota", "descend") else 4, 3
 
 
