@@ -314,7 +314,7 @@ def _merge_kernel(
 
     AGAIN: only if the zero sums must become negative after all. Memory: every input and base once, out once.
     """
-    if AGAIN:
+    if AGAIN:  # noqa: SIM102 (decided when compiling)
         if (tl.load(votes_ptr) >= 0) | (tl.load(votes_ptr + 1) == 0):
             return
     tile = tl.program_id(0).to(tl.int64)
@@ -352,7 +352,7 @@ def _merge_kernel(
             agrees = (plus & (u > 0)) | ((plus == 0) & (u < 0))
             merged += tl.where(agrees, u, 0.0)
             weights += tl.where(agrees, weight, 0.0)
-        if MAJORITY:
+        if MAJORITY:  # noqa: SIM102
             if not AGAIN:
                 balance = tl.sum((total > 0).to(tl.int32)) - tl.sum((total < 0).to(tl.int32))
                 undecided = tl.sum(((total == 0) & (merged != 0)).to(tl.int32))

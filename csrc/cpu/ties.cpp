@@ -32,6 +32,7 @@ namespace {
 
 constexpr int64_t tile_entries = 512;
 constexpr int64_t range_entries = 65536;
+constexpr int64_t unsampled_entries = 32768;  // up to here all magnitudes are collected, without a sample
 constexpr int64_t collected_entries = range_entries / 8;  // of a range; more than that is a miss
 constexpr int64_t run_entries = 8;                        // neighbours in a sample: they come with the cache line
 constexpr int64_t sample_runs = 2048;
@@ -409,14 +410,14 @@ struct Workspace {
   Workspace(int64_t n, int64_t m, int threads, void* memory) {
     Arena arena(memory);
     n_ranges = ceil_div(n, range_entries);
-    capacity = n <= range_entries ? n : collected_entries;
+    capacity = n <= unsampled_entries ? n : collected_entries;
     counts = arena.take<Counts>(m * n_ranges);
     quotas = arena.take<int64_t>(m * n_ranges);
     found = arena.take<Found>(n_ranges);
     brackets = arena.take<Bracket>(m);
     chosen = arena.take<Threshold>(m);
     tiles = arena.take<float>(threads * (m + 6) * tile_entries);
-    samples = arena.take<int32_t>(n <= range_entries ? 0 : m * sample_entries);
+    samples = arena.take<int32_t>(n <= unsampled_entries ? 0 : m * sample_entries);
     collected = arena.take<int32_t>(m * n_ranges * (capacity + vector_slack));
     bytes = arena.used();
   }
@@ -616,7 +617,7 @@ Bracket bracket_by_histograms(const Call& call, int i) {
 
 void find_thresholds(const Call& call) {
   const int m = call.problem.n_inputs;
-  const bool sampled = call.n > range_entries;
+  const bool sampled = call.n > unsampled_entries;
   bool any = false;
   for (int i = 0; i < m; ++i) {
     const bool none = call.problem.inputs[i].keep == 0;

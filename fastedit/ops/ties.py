@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -271,7 +272,10 @@ def _trimmed(delta: Tensor, keep: int, all_at_threshold: bool) -> Tensor:
     if keep == 0:
         return torch.zeros_like(delta)
     magnitude = delta.abs()
-    threshold = magnitude.kthvalue(n - keep + 1).values
+    if delta.device.type == "cpu":  # NumPy selects several times faster than kthvalue
+        threshold = torch.from_numpy(np.partition(magnitude.numpy(), n - keep)[n - keep :][:1])
+    else:
+        threshold = magnitude.kthvalue(n - keep + 1).values
     kept = magnitude >= threshold
     if not all_at_threshold:
         above = magnitude > threshold
@@ -386,7 +390,7 @@ backend.provide(
     symbol="ties_merge",
     device="cpu",
     dtypes=_COMPILED_DTYPES,
-    speed=20.0,
+    speed=5.0,
 )
 backend.provide(
     "ties_merge",
