@@ -8,18 +8,10 @@ from .backend import use_backend
 from .covariance import CovarianceAccumulator, covariance_, covariance_reference
 from .key_index import FaissIndex, KeyIndex
 from .low_rank import low_rank_update_, low_rank_update_reference
-from .neuron_select import (
-    Selection,
-    gather_square,
-    gather_square_reference,
-    neuron_scores,
-    neuron_scores_reference,
-    neuron_select,
-    neuron_select_keys,
-    neuron_select_reference,
-)
+from .neuron_select import Selection, gather_square, gather_square_reference, neuron_scores, neuron_scores_reference, neuron_select, neuron_select_keys, neuron_select_reference
 from .retrieval import max_inner_product, max_inner_product_reference, nearest_key, nearest_key_reference
 from .solve import CovarianceFactor, DualSolver, Projector, RidgeSolver, ridge_factors
+from .ties import ties_merge, ties_merge_reference
 
 __all__ = [
     "CovarianceAccumulator",
@@ -46,5 +38,7 @@ __all__ = [
     "neuron_select_keys",
     "neuron_select_reference",
     "ridge_factors",
+    "ties_merge",
+    "ties_merge_reference",
     "use_backend",
 ]
