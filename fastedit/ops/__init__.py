@@ -7,12 +7,28 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .masked_update import (
+    MaskedAdamState,
+    masked_adam_,
+    masked_adam_reference,
+    masked_sgd_,
+    masked_sgd_reference,
+)
+from .masks import BitMask, IndexMask, PhiloxMask
 
 __all__ = [
+    "BitMask",
     "DualSolver",
+    "IndexMask",
+    "MaskedAdamState",
+    "PhiloxMask",
     "covariance_",
     "covariance_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "masked_adam_",
+    "masked_adam_reference",
+    "masked_sgd_",
+    "masked_sgd_reference",
     "use_backend",
 ]
