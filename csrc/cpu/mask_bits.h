@@ -9,11 +9,32 @@
 
 namespace fastedit::cpu {
 
-// Words of Philox bits from a counter on: bit 4 c + w of the result is word w of counter `first + c` < threshold.
-using PhiloxBits = void (*)(const Mask& mask, uint64_t first, int64_t n_words, uint64_t* out);
+// What will be needed when the bits are there: asked for meanwhile, since random words take about as long to compute
+// as the entries they decide about take to arrive.
+struct Upcoming {
+  static constexpr int most = 3;
+  const char* data[most];
+  int64_t bytes_per_word[most];  // that belong to 64 entries
+  int n = 0;
 
-inline void philox_bits_scalar(const Mask& mask, uint64_t first, int64_t n_words, uint64_t* out) {
+  void add(const void* first, int64_t bytes) {
+    data[n] = static_cast<const char*>(first);
+    bytes_per_word[n++] = bytes;
+  }
+  FASTEDIT_INLINE void prefetch(int64_t word) const {
+    for (int k = 0; k < n; ++k)
+      for (int64_t line = 0; line < bytes_per_word[k]; line += 64)
+        __builtin_prefetch(data[k] + word * bytes_per_word[k] + line);
+  }
+};
+
+// Words of Philox bits from a counter on: bit 4 c + w of the result is word w of counter `first + c` < threshold.
+using PhiloxBits = void (*)(const Mask& mask, uint64_t first, int64_t n_words, const Upcoming& upcoming, uint64_t* out);
+
+inline void philox_bits_scalar(const Mask& mask, uint64_t first, int64_t n_words, const Upcoming& upcoming,
+                               uint64_t* out) {
   for (int64_t i = 0; i < n_words; ++i) {
+    upcoming.prefetch(i);
     uint64_t bits = 0;
     for (int c = 0; c < 16; ++c) {
       const PhiloxWords words = philox(first++, mask.seed, mask.shard, mask.layer);
@@ -30,7 +51,8 @@ inline void philox_bits_scalar(const Mask& mask, uint64_t first, int64_t n_words
 // In the first round the second product is the same for all counters. The lanes' counters are ordered so that joining
 // the four words of each yields runs of elements.
 
-FASTEDIT_AVX2 inline void philox_bits_avx2(const Mask& mask, uint64_t first, int64_t n_words, uint64_t* out) {
+FASTEDIT_AVX2 inline void philox_bits_avx2(const Mask& mask, uint64_t first, int64_t n_words, const Upcoming& upcoming,
+                                           uint64_t* out) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);
   const __m256i flip = _mm256_set1_epi32(INT32_MIN);  // comparisons are signed
@@ -38,6 +60,7 @@ FASTEDIT_AVX2 inline void philox_bits_avx2(const Mask& mask, uint64_t first, int
   const uint64_t uniform = uint64_t(0xCD9E8D57) * mask.shard;
   const uint32_t key0 = uint32_t(mask.seed), key1 = uint32_t(mask.seed >> 32);
   for (int64_t i = 0; i < n_words; ++i) {
+    upcoming.prefetch(i);
     uint64_t bits = 0;
     for (int quarter = 0; quarter < 4; ++quarter, first += 4) {
       const __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(first)), order);
@@ -68,43 +91,52 @@ FASTEDIT_AVX2 inline void philox_bits_avx2(const Mask& mask, uint64_t first, int
   }
 }
 
-FASTEDIT_AVX512 inline void philox_bits_avx512(const Mask& mask, uint64_t first, int64_t n_words, uint64_t* out) {
+// The words of 8 counters compared: 32 bits in the order of elements.
+FASTEDIT_AVX512 FASTEDIT_INLINE uint32_t selected_avx512(__m512i c0, __m512i c1, __m512i c2, __m512i c3, __m512i limit) {
+  const __m512i c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
+  const __m512i c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+  const uint32_t low = _mm512_cmplt_epu32_mask(_mm512_unpacklo_epi64(c01, c23), limit);
+  const uint32_t high = _mm512_cmplt_epu32_mask(_mm512_unpackhi_epi64(c01, c23), limit);
+  return low | high << 16;
+}
+
+FASTEDIT_AVX512 inline void philox_bits_avx512(const Mask& mask, uint64_t first, int64_t n_words, const Upcoming& upcoming,
+                                               uint64_t* out) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), eight = _mm512_set1_epi64(8);
   const __m512i limit = _mm512_set1_epi32(int(mask.threshold));
   const uint64_t uniform = uint64_t(0xCD9E8D57) * mask.shard;
-  uint32_t keys[10][2];
+  uint64_t keys[10][2];  // whole lanes, so that a broadcast is part of the instruction that uses it
   for (uint32_t round = 0; round < 10; ++round) {
     keys[round][0] = uint32_t(mask.seed) + round * philox_key0_step;
     keys[round][1] = uint32_t(mask.seed >> 32) + round * philox_key1_step;
   }
   const __m512i first_c0 = _mm512_set1_epi64(int64_t((uniform >> 32) ^ keys[0][0]));
-  const __m512i first_c2 = _mm512_set1_epi64(mask.layer ^ keys[0][1]);
+  const __m512i first_c1 = _mm512_set1_epi64(int64_t(uniform));
+  const __m512i first_c2 = _mm512_set1_epi64(int64_t(mask.layer ^ keys[0][1]));
   constexpr int exclusive_or = 0x96;  // of three
+  __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), order);
   for (int64_t i = 0; i < n_words; ++i) {
-    uint64_t bits = 0;
-    for (int half = 0; half < 2; ++half, first += 8) {
-      const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), order);
-      const __m512i a = _mm512_mul_epu32(counter, m0);
-      __m512i c0 = _mm512_xor_si512(_mm512_srli_epi64(counter, 32), first_c0);
-      __m512i c1 = _mm512_set1_epi64(int64_t(uniform));
-      __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(a, 32), first_c2);
-      __m512i c3 = a;
-      for (int round = 1; round < 10; ++round) {
-        const __m512i p = _mm512_mul_epu32(c0, m0), q = _mm512_mul_epu32(c2, m1);
-        const __m512i k0 = _mm512_set1_epi64(keys[round][0]), k1 = _mm512_set1_epi64(keys[round][1]);
-        c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q, 32), c1, k0, exclusive_or);
-        c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p, 32), c3, k1, exclusive_or);
-        c1 = q;
-        c3 = p;
-      }
-      const __m512i c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
-      const __m512i c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
-      const uint32_t low = _mm512_cmplt_epu32_mask(_mm512_unpacklo_epi64(c01, c23), limit);
-      const uint32_t high = _mm512_cmplt_epu32_mask(_mm512_unpackhi_epi64(c01, c23), limit);
-      bits |= uint64_t(low | high << 16) << (32 * half);
+    upcoming.prefetch(i);
+    __m512i c0[2], c1[2], c2[2], c3[2];  // two independent chains
+    for (int h = 0; h < 2; ++h, counter = _mm512_add_epi64(counter, eight)) {
+      c3[h] = _mm512_mul_epu32(counter, m0);
+      c0[h] = _mm512_xor_si512(_mm512_srli_epi64(counter, 32), first_c0);
+      c1[h] = first_c1;
+      c2[h] = _mm512_xor_si512(_mm512_srli_epi64(c3[h], 32), first_c2);
     }
-    out[i] = bits;
+    for (int round = 1; round < 10; ++round) {
+      const __m512i k0 = _mm512_set1_epi64(int64_t(keys[round][0])), k1 = _mm512_set1_epi64(int64_t(keys[round][1]));
+      for (int h = 0; h < 2; ++h) {
+        const __m512i p = _mm512_mul_epu32(c0[h], m0), q = _mm512_mul_epu32(c2[h], m1);
+        c0[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q, 32), c1[h], k0, exclusive_or);
+        c2[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p, 32), c3[h], k1, exclusive_or);
+        c1[h] = q;
+        c3[h] = p;
+      }
+    }
+    const uint32_t low = selected_avx512(c0[0], c1[0], c2[0], c3[0], limit);
+    out[i] = low | uint64_t(selected_avx512(c0[1], c1[1], c2[1], c3[1], limit)) << 32;
   }
 }
 
@@ -129,12 +161,13 @@ inline void shift_down(uint64_t* words, int64_t n_words, int shift) {
 }
 
 // The bits of entries start to start + n - 1; those beyond are 0. `out` has room for words_for(n) + 1 words.
-inline void mask_bits(const Mask& mask, PhiloxBits philox_bits, int64_t start, int64_t n, uint64_t* out) {
+inline void mask_bits(const Mask& mask, PhiloxBits philox_bits, int64_t start, int64_t n, uint64_t* out,
+                      const Upcoming& upcoming = {}) {
   const int64_t n_words = words_for(n);
   switch (mask.kind) {
     case Mask::Kind::philox: {
       const int shift = int(start % 4);
-      philox_bits(mask, uint64_t(start) / 4, n_words + (shift != 0), out);
+      philox_bits(mask, uint64_t(start) / 4, n_words + (shift != 0), upcoming, out);
       shift_down(out, n_words, shift);
       break;
     }

@@ -26,7 +26,7 @@
 namespace fastedit::cpu {
 namespace {
 
-constexpr int64_t run_length = 2048;         // of a chunk of one row
+constexpr int64_t run_length = 1024;  // of a chunk of one row
 constexpr int64_t task_entries = 16 * mask_block;
 constexpr int64_t panel_width = 32;
 constexpr int tile_rows = 8;
@@ -484,6 +484,12 @@ class Rows {
               first, second, rows, columns, buffer_, pitch_};
     if (!direct_) load_(block_);
   }
+  // Asks for the part of a row that belongs to a chunk.
+  void announce(int64_t row, int64_t column, Upcoming& upcoming) const {
+    if (!view_ || column_stride(*view_) != 1) return;
+    const int64_t size = size_of(view_->dtype);
+    upcoming.add(static_cast<const char*>(view_->data) + (row * row_stride(*view_) + column) * size, word_bits * size);
+  }
   void put_back() const {
     if (!direct_) store_(block_);
   }
@@ -626,7 +632,7 @@ struct Buffers {
 
   static size_t bytes(int64_t rows, int64_t pitch) {
     const int64_t packed = round_up(pitch + line_floats, line_floats);
-    return size_t(round_up(3 * rows * pitch * 4 + 2 * packed * 4 + rows * 8 + (words_for(pitch) + 2) * 8, 64));
+    return size_t(round_up(3 * rows * pitch * 4 + 2 * packed * 4 + rows * 8 + rows * (words_for(pitch) + 2) * 8, 64));
   }
   Buffers(char* memory, int64_t rows, int64_t pitch) {
     const int64_t packed = round_up(pitch + line_floats, line_floats);
@@ -646,6 +652,7 @@ template <class Step>
 void update(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
             const AdamState* state, const Step& step, const TensorView* clamp_to, char* workspace) {
   const int64_t n_rows = param.shape[0], n_columns = param.shape[1], pitch = pitch_of(plan.columns);
+  const int64_t bits_pitch = words_for(pitch) + 2;
   const PhiloxBits philox_bits = philox_bits_of(plan.isa);
   const auto kernel = kernel_of(plan.isa, step);
   const Multiply multiply = multiply_of(plan.isa);
@@ -672,14 +679,18 @@ void update(const MaskedPlan& plan, const TensorView& param, const Gradient& gra
           buffers.rank[r] = rank_of(mask, philox_bits, state->offsets, (row + r) * n_columns + first_column);
       for (int64_t column = first_column; column < last_column; column += plan.columns) {
         const int64_t columns = std::min(plan.columns, last_column - column);
+        for (int64_t r = 0; r < rows; ++r) {
+          Upcoming upcoming;
+          for (const Rows* tensor : {&weights, &gradient, &bounds}) tensor->announce(row + r, column, upcoming);
+          mask_bits(mask, philox_bits, (row + r) * n_columns + column, columns, buffers.bits + r * bits_pitch, upcoming);
+        }
         weights.fetch(row, column, rows, columns);
         gradient.fetch(row, column, rows, columns);
         bounds.fetch(row, column, rows, columns);
         if (grad.right) multiply_chunk(*grad.left, panels, multiply, row, column, rows, columns, buffers.grad, pitch);
         for (int64_t r = 0; r < rows; ++r) {
-          mask_bits(mask, philox_bits, (row + r) * n_columns + column, columns, buffers.bits);
-          Run run{weights.row(r), grad.right ? buffers.grad + r * pitch : gradient.row(r), bounds.row(r), buffers.bits,
-                  columns, nullptr, nullptr, buffers.packed_w, buffers.packed_g};
+          Run run{weights.row(r), grad.right ? buffers.grad + r * pitch : gradient.row(r), bounds.row(r),
+                  buffers.bits + r * bits_pitch, columns, nullptr, nullptr, buffers.packed_w, buffers.packed_g};
           if (state) {
             run.first = state->first + buffers.rank[r];
             run.second = state->second + buffers.rank[r];

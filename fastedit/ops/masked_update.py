@@ -222,7 +222,7 @@ def masked_sgd_(
         fastedit.BackendUnavailable: the backend chosen by name cannot serve.
 
     What stands in ``grad`` at entries not selected is never used, NaN included; entries that neither the mask, a
-    decay nor a clamp reaches keep their bits. NaN in param or clamp_to gives NaN. A second run gives the same bits.
+    decay nor a clamp reaches keep their value. NaN in param or clamp_to gives NaN. A second run gives the same bits.
 
     >>> param, grad = torch.ones(2, 4), torch.full((2, 4), 0.5)
     >>> masked_sgd_(param, grad, torch.tensor([0, 5]), lr=1.0)
@@ -263,7 +263,7 @@ class MaskedAdamState:
         count = n
         if isinstance(self.mask, IndexMask):
             count = self.mask.indices.numel()
-        elif self.mask is not None and _key(self.mask) != []:
+        elif isinstance(self.mask, BitMask) or (self.mask is not None and _key(self.mask)):
             self.offsets, count = self.mask.offsets(n, device=param.device)
         self.exp_avg = torch.zeros(count, dtype=_work_dtype(param), device=param.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -495,9 +495,9 @@ def masked_adam_reference(
     """The same in plain torch with dense moments ``exp_avg`` and ``exp_avg_sq`` like ``param``, in float64."""
     keep = _dense(param, mask)
     value, g = param.double(), _whole(grad)
-    if decoupled and decay_scope != "none":
+    if decoupled and weight_decay and decay_scope != "none":
         value = torch.where(keep | (decay_scope == "all"), value - lr * weight_decay * value, value)
-    elif decay_scope != "none":
+    elif weight_decay and decay_scope != "none":
         g = g + weight_decay * value
     m = betas[0] * exp_avg.double() + (1 - betas[0]) * g
     v = betas[1] * exp_avg_sq.double() + (1 - betas[1]) * g * g
@@ -702,14 +702,19 @@ def _flat(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _prepared(
     param: Tensor, grad: Tensor, right: Tensor | None, clamp_to: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
-    """The tensors as the compiled kernels take them: on a GPU the gradient as a matrix."""
-    if right is not None and param.device.type == "cuda":
-        grad, right = _product(grad, right), None
+    """The tensors as the compiled kernels take them: on a GPU the gradient as a matrix, and nothing in float64."""
+    if param.device.type == "cuda":
+        grad = _product(grad, right) if right is not None else _narrow(grad)
+        right, clamp_to = None, None if clamp_to is None else _narrow(clamp_to)
     if right is not None:
         into, bound = param.detach(), None if clamp_to is None else clamp_to.detach()
         return into, _factor(grad), _factor(right), bound
     into, grad, bound = _flat(param, grad, clamp_to)  # type: ignore[assignment]
     return into, grad, None, bound
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _factor(factor: Tensor) -> Tensor:
