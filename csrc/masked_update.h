@@ -96,6 +96,9 @@ void masked_sgd(const MaskedPlan& plan, const TensorView& param, const Gradient&
 void masked_adam(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
                  const AdamState& state, const AdamStep& step, const TensorView* clamp_to, void* workspace);
 
+// Whether `count` moments are as many as the mask selects of n entries, so far as `offsets` tells.
+bool fits(const Mask& mask, const int64_t* offsets, int64_t n, int64_t count, Isa isa);
+
 // bits (bytes,): those of the entries from `start`, a multiple of 8, on.
 void philox_bits(const TensorView& bits, const Mask& mask, int64_t start, Isa isa, int threads);
 

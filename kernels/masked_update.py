@@ -31,7 +31,9 @@ def _bit(bits_ptr, index, inside):
 
 
 @triton.jit
-def _product(left_ptr, right_ptr, r, c, N_ROWS, N_COLS, RANK, stride_left, stride_right, BLOCK_R: tl.constexpr):
+def _product(
+    left_ptr, right_ptr, r, c, N_ROWS, N_COLS, RANK, stride_left, stride_right, BLOCK_R: tl.constexpr
+):
     """The tile (r, c) of left rightᵀ, in float32; factors of 16 bits are multiplied exactly."""
     out = tl.zeros((r.shape[0], c.shape[0]), dtype=tl.float32)
     left_ptrs = left_ptr + r.to(tl.int64)[:, None] * stride_left
@@ -111,13 +113,13 @@ def _sgd_kernel(
     if PRODUCT:
         change = _product(g_ptr, right_ptr, r, c, N_ROWS, N_COLS, RANK, stride_g0, stride_g1, BLOCK_R)
     else:
-        change = tl.load(
-            g_ptr + r[:, None] * stride_g0 + c[None, :] * stride_g1, mask=inside, other=0.0
-        ).to(tl.float32)
+        change = tl.load(g_ptr + r[:, None] * stride_g0 + c[None, :] * stride_g1, mask=inside, other=0.0).to(
+            tl.float32
+        )
     change = tl.where(keep, change, 0.0)
     old = tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
     if DECAYS:
-        change += decay * old
+        change += decay * tl.where(keep | DECAYS_ALL, old, 0.0)
     new = old - lr * change
     if not DECAYS_ALL:
         new = tl.where(keep, new, old)
@@ -166,6 +168,7 @@ def _adam_kernel(
     stride_t1,
     KIND: tl.constexpr,
     FLAT: tl.constexpr,
+    DECAYS_GRADIENT: tl.constexpr,
     DECAYS: tl.constexpr,
     DECAYS_ALL: tl.constexpr,
     CLAMPS: tl.constexpr,
@@ -204,7 +207,9 @@ def _adam_kernel(
         t_at = row * stride_t0 + column * stride_t1
     old = tl.load(w_ptr + w_at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.where(gradient_decay != 0.0, g + gradient_decay * old, g)  # an infinite weight times 0 is NaN
+    if DECAYS_GRADIENT:
+        g += gradient_decay * old
+    g = tl.where(keep, g, 0.0)
     decayed = old
     if DECAYS:
         decayed -= weight_decay * old
@@ -248,6 +253,8 @@ def _listed_kernel(
     stride_w1,
     stride_g0,
     stride_g1,
+    DECAYS_GRADIENT: tl.constexpr,
+    DECAYS: tl.constexpr,
     ADAM: tl.constexpr,
     PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -271,11 +278,14 @@ def _listed_kernel(
             g += a * tl.load(right_ptr + column * stride_g1 + k, mask=inside, other=0.0).to(tl.float32)
     else:
         g = tl.load(g_ptr + row * stride_g0 + column * stride_g1, mask=inside, other=0.0).to(tl.float32)
-    g = tl.where(decay != 0.0, g + decay * old, g)  # an infinite weight times 0 is NaN
+    if DECAYS_GRADIENT:
+        g += decay * old
     if ADAM:
         m = tl.load(m_ptr + i, mask=inside, other=0.0)
         v = tl.load(v_ptr + i, mask=inside, other=0.0)
-        decayed = tl.where(weight_decay != 0.0, old - weight_decay * old, old)
+        decayed = old
+        if DECAYS:
+            decayed -= weight_decay * old
         new, m, v = _adam(decayed, g, m, v, first_rate, second, second_rate, rate, correction, eps)
         tl.store(m_ptr + i, m, mask=inside)
         tl.store(v_ptr + i, v, mask=inside)
@@ -340,7 +350,7 @@ def philox_bits_triton(bits, start, key):
 
 
 def masked_sgd_triton(param, grad, right, mask, key, lr, decay, decay_scope, clamp_to, clamp):
-    """One masked step of SGD in place; the arguments are those that the op has checked.
+    """One masked step of SGD in place; as fastedit.ops.masked_sgd_ checks its arguments.
 
     Args:
         param: (d_out, d_in), bfloat16, float16 or float32, any strides.
@@ -348,7 +358,11 @@ def masked_sgd_triton(param, grad, right, mask, key, lr, decay, decay_scope, cla
         right: (d_in, r), floating, or None.
         mask: bits (uint8) or indices (int32, int64), contiguous, or None.
         key: seed, shard, layer and threshold, or empty.
-        lr, decay, decay_scope, clamp_to, clamp: the step.
+        lr: the learning rate.
+        decay: the weight decay.
+        decay_scope: "all", "masked" or "none".
+        clamp_to: like param, or None.
+        clamp: how far from it.
     """
     if param.numel() == 0:
         return
@@ -370,14 +384,18 @@ def masked_sgd_triton(param, grad, right, mask, key, lr, decay, decay_scope, cla
         layout = "flat"
         w, g, t = w.view(1, -1), g.view(1, -1), t.view(1, -1)
         n_rows, n_cols = w.shape
-    if layout != "flat" and param.stride(0) == 1 and param.stride(1) != 1:  # make columns the contiguous direction
+    if (
+        layout != "flat" and param.stride(0) == 1 and param.stride(1) != 1
+    ):  # make columns the contiguous direction
         w, t, count_down, n_rows, n_cols = w.T, t.T, True, n_cols, n_rows
         if right is None:
             g = g.T
         else:
             g, right = right, g
     strides = g.stride() if right is None else (g.stride(0), right.stride(0))
-    block_rows, block_cols, block_r, warps, stages = sgd_configuration(common.architecture(param.device), layout)
+    block_rows, block_cols, block_r, warps, stages = sgd_configuration(
+        common.architecture(param.device), layout
+    )
     with torch.cuda.device_of(param):
         _sgd_kernel[(triton.cdiv(n_rows, block_rows) * triton.cdiv(n_cols, block_cols),)](
             w,
@@ -414,15 +432,10 @@ def masked_adam_triton(
     param, grad, exp_avg, exp_avg_sq, offsets, mask, key, step, lr, beta1, beta2, eps, weight_decay, decoupled,
     decay_scope, clamp_to, clamp,
 ):  # fmt: skip
-    """One masked step of Adam in place; the arguments are those that the op has checked.
+    """One masked step of Adam in place, as fastedit.ops.masked_adam_ checks its arguments.
 
-    Args:
-        param: (d_out, d_in), bfloat16, float16 or float32, any strides.
-        grad: like param, floating, any strides.
-        exp_avg, exp_avg_sq: (count,), float32, contiguous.
-        offsets: (⌈n / 4096⌉,), int64, or None with indices and without a mask.
-        mask, key, clamp_to, clamp: as for masked_sgd_triton.
-        step, lr, beta1, beta2, eps, weight_decay, decoupled, decay_scope: the step.
+    Moments are (count,), float32, contiguous; offsets (⌈n / 4096⌉,), int64, or None with indices and without a
+    mask. The others are those of masked_sgd_triton and of the formulas of fastedit.ops.masked_adam_.
     """
     if param.numel() == 0:
         return
@@ -461,6 +474,7 @@ def masked_adam_triton(
             *bound.stride(),
             KIND=_kind(mask, key),
             FLAT=flat,
+            DECAYS_GRADIENT=gradient_decay != 0,
             DECAYS=shrink != 0,
             DECAYS_ALL=shrink != 0 and decay_scope == "all",
             CLAMPS=clamp_to is not None,
@@ -476,7 +490,9 @@ def _factors(left, right):
     return left.detach().contiguous(), right.detach().contiguous()
 
 
-def _listed(param, grad, right, indices, lr=0.0, decay=0.0, moments=None, numbers=(0.0,) * 6, weight_decay=0.0):
+def _listed(
+    param, grad, right, indices, lr=0.0, decay=0.0, moments=None, numbers=(0.0,) * 6, weight_decay=0.0
+):
     count = indices.numel()
     if count == 0:
         return
@@ -500,6 +516,8 @@ def _listed(param, grad, right, indices, lr=0.0, decay=0.0, moments=None, number
             weight_decay,
             *param.stride(),
             *strides,
+            DECAYS_GRADIENT=decay != 0,
+            DECAYS=weight_decay != 0,
             ADAM=moments is not None,
             PRODUCT=right is not None,
             BLOCK=_LISTED,

@@ -160,7 +160,7 @@ float* moments_of(const char* name, py::handle object, const Arguments& a, bool 
   return static_cast<float*>(view.data);
 }
 
-// How many entries are selected is not counted again: `offsets` was made with the moments.
+// Counted when the moments were made.
 const int64_t* offsets_of(py::handle object, const Arguments& a, bool use_dlpack) {
   if (a.selected.kind == Mask::Kind::all || a.selected.kind == Mask::Kind::indices) return nullptr;
   require(!object.is_none(), "offsets: expected with this mask");
@@ -180,6 +180,10 @@ void masked_adam(py::handle param, py::handle grad, py::handle right, py::handle
   require_served(a, step.scope);
   const AdamState state{moments_of("exp_avg", exp_avg, a, use_dlpack),
                         moments_of("exp_avg_sq", exp_avg_sq, a, use_dlpack), offsets_of(offsets, a, use_dlpack)};
+  if (state.offsets && a.param.device == DeviceKind::cpu) {
+    const int64_t n = a.param.numel(), count = dlpack::view_of("exp_avg", exp_avg, use_dlpack).numel();
+    require(cpu::fits(a.selected, state.offsets, n, count, best_isa()), "exp_avg: too few moments for offsets and mask");
+  }
   run(a, step, &state, isa, param, use_dlpack);
 }
 

@@ -805,6 +805,19 @@ void masked_adam(const MaskedPlan& plan, const TensorView& param, const Gradient
   });
 }
 
+bool fits(const Mask& mask, const int64_t* offsets, int64_t n, int64_t count, Isa isa) {
+  const int64_t blocks = ceil_div(n, mask_block);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t next = b + 1 < blocks ? offsets[b + 1] : count;
+    if (offsets[b] < 0 || next < offsets[b] || next - offsets[b] > mask_block) return false;
+  }
+  if (blocks == 0) return true;
+  uint64_t bits[mask_block / word_bits + 1];
+  const int64_t last = (blocks - 1) * mask_block;
+  mask_bits(mask, philox_bits_of(isa), last, n - last, bits);
+  return offsets[blocks - 1] + count_bits(bits, words_for(n - last)) == count;
+}
+
 void philox_bits(const TensorView& bits, const Mask& mask, int64_t start, Isa isa, int threads) {
   constexpr int64_t step = mask_block;  // entries at a time
   const int64_t n = bits.numel() * 8;

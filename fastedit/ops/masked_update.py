@@ -71,7 +71,10 @@ def _check_common(
         rank = grad.shape[1]
         check.shape(op, (param.shape[0], rank), f"because param is {tuple(param.shape)}", left=grad)
         check.shape(
-            op, (param.shape[1], rank), f"because param is {tuple(param.shape)}, left of rank {rank}", right=right
+            op,
+            (param.shape[1], rank),
+            f"because param is {tuple(param.shape)}, left of rank {rank}",
+            right=right,
         )
     check.shape(op, param.shape, "like param", clamp_to=clamp_to)
     check.same_device(op, param=param, grad=grad, right=right, mask=mask, clamp_to=clamp_to)
@@ -132,7 +135,17 @@ def _check_adam(
 ) -> None:
     op = "masked_adam_"
     _check_common(
-        op, param, grad, right, mask, philox, lr, weight_decay if decoupled else 0.0, decay_scope, clamp_to, clamp
+        op,
+        param,
+        grad,
+        right,
+        mask,
+        philox,
+        lr,
+        weight_decay if decoupled else 0.0,
+        decay_scope,
+        clamp_to,
+        clamp,
     )
     check.same_device(op, param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, offsets=offsets)
     work = _work_dtype(param)
@@ -246,7 +259,6 @@ class MaskedAdamState:
     Args:
         param: whose entries; only shape, dtype and device are used.
         mask: as in :func:`masked_adam_`; counted here once, which waits for the device.
-        transposed: as in :func:`masked_adam_`.
 
     Attributes:
         exp_avg, exp_avg_sq: (count,), float32 (float64 for a float64 param).
@@ -282,7 +294,9 @@ class MaskedAdamState:
         """
         for key in ("exp_avg", "exp_avg_sq", "step"):
             if key not in state:
-                raise KeyError(f"MaskedAdamState.load_state_dict: no {key!r} in the state, got {sorted(state)}")
+                raise KeyError(
+                    f"MaskedAdamState.load_state_dict: no {key!r} in the state, got {sorted(state)}"
+                )
         moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
         check.shape("MaskedAdamState.load_state_dict", self.exp_avg.shape, "to fit the mask", **moments)
         self.exp_avg.copy_(moments["exp_avg"])
@@ -321,7 +335,9 @@ def masked_adam_(
     Then every entry, selected or not, into clamp_to ± clamp.
 
     Args:
-        param, grad, mask, clamp_to, clamp, transposed: as in :func:`masked_sgd_`.
+        param: as in :func:`masked_sgd_`.
+        grad: as in :func:`masked_sgd_`; the GPU backends need a product whole.
+        mask: as in :func:`masked_sgd_`.
         state: a :class:`MaskedAdamState` made for this mask; modified in place.
         lr: the learning rate, not negative.
         betas: β₁ and β₂, in [0, 1).
@@ -329,6 +345,9 @@ def masked_adam_(
         weight_decay: not negative.
         decoupled: whether the decay acts on the weight directly (AdamW) instead of through the gradient.
         decay_scope: which entries decay: ``"masked"``, ``"none"`` or, only if ``decoupled``, ``"all"``.
+        clamp_to: as in :func:`masked_sgd_`.
+        clamp: as in :func:`masked_sgd_`.
+        transposed: as in :func:`masked_sgd_`.
 
     Raises:
         ValueError: as :func:`masked_sgd_`; a state made for another mask; ``"all"`` without ``decoupled``.
@@ -398,7 +417,9 @@ def _arguments(
         mask = as_mask(op, mask, param.numel())
         if dense and isinstance(mask, IndexMask):
             mask = BitMask(mask.bits(mask.n), mask.n)
-    tensor = mask.packed if isinstance(mask, BitMask) else mask.indices if isinstance(mask, IndexMask) else None
+    tensor = (
+        mask.packed if isinstance(mask, BitMask) else mask.indices if isinstance(mask, IndexMask) else None
+    )
     if transposed:
         check.matrix(op, param=param)
         param = param.T
@@ -432,7 +453,9 @@ def _matrix(op: str, tensor: Tensor, written: bool = False) -> Tensor:
     columns = tensor.shape[-1] if tensor.dim() else 1
     rows = math.prod(tensor.shape[:-1])
     if written and not tensor.is_contiguous():
-        raise ValueError(f"{op}: param must have 2 dimensions or be contiguous, got shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{op}: param must have 2 dimensions or be contiguous, got shape {tuple(tensor.shape)}"
+        )
     return tensor.reshape(rows, columns)
 
 
@@ -557,9 +580,7 @@ def _grad_piece(grad: Tensor, right: Tensor | None, r: slice, c: slice, work: to
         return grad[r].to(work) @ right[c].to(work).T
 
 
-def _grad_at(
-    grad: Tensor, right: Tensor | None, rows: Tensor, columns: Tensor, work: torch.dtype
-) -> Tensor:
+def _grad_at(grad: Tensor, right: Tensor | None, rows: Tensor, columns: Tensor, work: torch.dtype) -> Tensor:
     if right is None:
         return grad[rows, columns].to(work)
     step = max(1, _PIECE // max(1, grad.shape[1]))
@@ -668,9 +689,7 @@ def _masked_adam_torch(
     numbers = (step, lr, beta1, beta2, eps, weight_decay, decoupled)
     if _is_indices(mask):
         at = _places(param, mask)  # type: ignore[arg-type]
-        new = _adam_torch(
-            param[at].to(work), _grad_at(grad, right, *at, work), exp_avg, exp_avg_sq, *numbers
-        )
+        new = _adam_torch(param[at].to(work), _grad_at(grad, right, *at, work), exp_avg, exp_avg_sq, *numbers)
         param[at] = new.to(param.dtype)
         return
     done = 0
@@ -724,7 +743,8 @@ def _factor(factor: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     check.once(
-        logging.INFO, "the cuda backend takes a gradient given as a product whole: the triton backend does not"
+        logging.INFO,
+        "the cuda backend takes a gradient given as a product whole: the triton backend does not",
     )
     with backend.full_float32():
         return left.detach().float() @ right.detach().float().T
@@ -851,13 +871,13 @@ for _op, _compiled, _triton, _reference in (
     ("masked_adam_", _masked_adam_compiled, _masked_adam_triton, _masked_adam_torch),
 ):
     _symbol = _op.rstrip("_")
-    backend.provide(
-        _op, "cpp", _compiled, symbol=_symbol, device="cpu", dtypes=_FAST_DTYPES, speed=50.0
-    )
+    backend.provide(_op, "cpp", _compiled, symbol=_symbol, device="cpu", dtypes=_FAST_DTYPES, speed=50.0)
     backend.provide(_op, "triton", _triton, device="cuda", dtypes=_FAST_DTYPES, speed=20.0)
     backend.provide(_op, "cuda", _compiled, symbol=_symbol, device="cuda", dtypes=_FAST_DTYPES, speed=20.0)
     backend.provide(_op, "torch", _reference)
 backend.provide("philox_bits_", "cpp", _philox_bits_compiled, symbol="philox_bits", device="cpu", speed=50.0)
 backend.provide("philox_bits_", "triton", _philox_bits_triton, device="cuda", speed=20.0)
-backend.provide("philox_bits_", "cuda", _philox_bits_compiled, symbol="philox_bits", device="cuda", speed=20.0)
+backend.provide(
+    "philox_bits_", "cuda", _philox_bits_compiled, symbol="philox_bits", device="cuda", speed=20.0
+)
 backend.provide("philox_bits_", "torch", _philox_bits_torch)

@@ -26,16 +26,25 @@ class Mask:
         """The mask of ``n`` entries packed: (⌈n / 8⌉,) uint8; entry j is bit j % 8 of byte j // 8.
 
         What NumPy's ``packbits(..., bitorder="little")`` gives. Bits beyond ``n`` are 0.
+
+        Raises:
+            ValueError: it is a mask of another number of entries.
         """
-        raise NotImplementedError
+        self.check_size(n)
+        out = self._bits(n, device)
+        if n % 8:
+            out[-1:].bitwise_and_((1 << n % 8) - 1)
+        return out
 
     def check_size(self, n: int) -> None:
-        """Raise ValueError unless this is a mask of ``n`` entries."""
+        """Raise ValueError unless this can be a mask of ``n`` entries."""
+        own = getattr(self, "n", n)
+        if own != n:
+            raise ValueError(f"{type(self).__name__}: this is a mask of {own} entries, the tensor has {n}")
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where its tensor is; None if it has none."""
-        return None
+    def _bits(self, n: int, device: torch.device | str | None) -> Tensor:
+        """A new tensor of packed bits, of which those beyond ``n`` may be anything."""
+        raise NotImplementedError
 
     def dense(self, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor: for tests and small tensors, everything else does without."""
@@ -60,12 +69,14 @@ class Mask:
     def unpack(self, packed: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
         """The inverse of :meth:`pack`: a tensor of ``shape`` with ``fill`` where nothing is selected."""
         out = torch.full(tuple(shape), fill, dtype=packed.dtype, device=packed.device)
+        check.shape(
+            "unpack", (self.count(out.numel(), device=out.device),), "as many as are selected", packed=packed
+        )
         done = 0
         for flat, keep in self._pieces(out):
             count = int(keep.sum())
             flat[keep] = packed[done : done + count]
             done += count
-        check.shape("unpack", (done,), "as many as are selected", packed=packed)
         return out
 
     def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,7 +106,7 @@ class PhiloxMask(Mask):
 
     >>> mask = PhiloxMask(seed=7, shard=0, layer=27, density=0.25)
     >>> mask.dense((2, 8)).int().tolist()
-    [[0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
+    [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 1]]
     """
 
     seed: int
@@ -123,14 +134,11 @@ class PhiloxMask(Mask):
         seed = self.seed & 0xFFFFFFFFFFFFFFFF
         return [seed - (1 << 64) if seed >> 63 else seed, self.shard, self.layer, self.threshold]
 
-    def bits(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
+    def _bits(self, n: int, device: torch.device | str | None) -> Tensor:
         out = torch.empty((n + 7) // 8, dtype=torch.uint8, device=device)
         if self.threshold == _ONE:
-            out.fill_(255)
-        else:
-            backend.call("philox_bits_", out, 0, self.key)
-        if n % 8:
-            out[-1:].bitwise_and_((1 << n % 8) - 1)
+            return out.fill_(255)
+        backend.call("philox_bits_", out, 0, self.key)
         return out
 
 
@@ -161,20 +169,8 @@ class BitMask(Mask):
         pieces = [_pack_bits(flat[start : start + _PIECE]) for start in range(0, n, _PIECE)]
         return cls(torch.cat(pieces) if pieces else flat.to(torch.uint8), n)
 
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    def check_size(self, n: int) -> None:
-        if n != self.n:
-            raise ValueError(f"BitMask: this is a mask of {self.n} entries, the tensor has {n}")
-
-    def bits(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
-        self.check_size(n)
-        out = self.packed.to(device=device, copy=True) if device is not None else self.packed.clone()
-        if n % 8:
-            out[-1:].bitwise_and_((1 << n % 8) - 1)
-        return out
+    def _bits(self, n: int, device: torch.device | str | None) -> Tensor:
+        return self.packed.to(device=self.packed.device if device is None else device, copy=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,28 +191,19 @@ class IndexMask(Mask):
         check.is_tensor("IndexMask", indices=self.indices)
         check.dtype("IndexMask", (torch.int32, torch.int64), indices=self.indices)
         if self.indices.dim() != 1:
-            raise ValueError(f"IndexMask: indices must have 1 dimension, got shape {tuple(self.indices.shape)}")
+            raise ValueError(
+                f"IndexMask: indices must have 1 dimension, got shape {tuple(self.indices.shape)}"
+            )
         object.__setattr__(self, "indices", self.indices.contiguous())
+        if self.validate and not self._is_valid():
+            raise ValueError(f"IndexMask: indices must be sorted, each once, in [0, {self.n})")
+
+    def _is_valid(self) -> bool:
         i = self.indices
-        if self.validate and i.numel():
-            if not (bool((i[1:] > i[:-1]).all()) and int(i[0]) >= 0 and int(i[-1]) < self.n):
-                raise ValueError(f"IndexMask: indices must be sorted, each once, in [0, {self.n})")
+        return i.numel() == 0 or (bool((i[1:] > i[:-1]).all()) and int(i[0]) >= 0 and int(i[-1]) < self.n)
 
-    @property
-    def device(self) -> torch.device:
-        return self.indices.device
-
-    def check_size(self, n: int) -> None:
-        if n != self.n:
-            raise ValueError(f"IndexMask: this is a mask of {self.n} entries, the tensor has {n}")
-
-    def count(self, n: int, *, device: torch.device | str | None = None) -> int:
-        self.check_size(n)
-        return self.indices.numel()
-
-    def bits(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
-        self.check_size(n)
-        out = torch.zeros((n + 7) // 8, dtype=torch.int32, device=self.device)
+    def _bits(self, n: int, device: torch.device | str | None) -> Tensor:
+        out = torch.zeros((n + 7) // 8, dtype=torch.int32, device=self.indices.device)
         indices = self.indices.long()
         # every bit is added once, so the sum is their union
         out.index_add_(0, indices >> 3, torch.ones_like(indices, dtype=torch.int32) << (indices & 7).int())

@@ -17,7 +17,7 @@ def philox(counter: Tensor, seed: int, third: int = 0, fourth: int = 0) -> Tenso
     """Philox4x32-10 of 128-bit counters.
 
     Args:
-        counter: (...), int64, not negative: the low half of the counter.
+        counter: (...), int64, the low half of the counter modulo 2^64.
         seed: the 64-bit key; taken modulo 2^64.
         third: the third word of the counter, in [0, 2^32).
         fourth: the fourth word.
@@ -25,7 +25,7 @@ def philox(counter: Tensor, seed: int, third: int = 0, fourth: int = 0) -> Tenso
     Returns:
         (..., 4), int64, each a word in [0, 2^32).
     """
-    c0, c1 = counter & _MASK, counter >> 32
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2, c3 = torch.full_like(counter, third), torch.full_like(counter, fourth)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):

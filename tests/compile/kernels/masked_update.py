@@ -40,7 +40,17 @@ def _sgd(module, architecture, dtype, kind, layout, dense):
         "PRODUCT": layout == "product", "COUNT_DOWN": layout == "tile", "ALIGNED": True, "BLOCK_ROWS": rows,
         "BLOCK_COLS": columns, "BLOCK_R": step,
     }  # fmt: skip
-    divisible = ("w_ptr", "g_ptr", "right_ptr", "to_ptr", "bits_ptr", "N_COLS", "stride_w0", "stride_g0", "stride_t0")
+    divisible = (
+        "w_ptr",
+        "g_ptr",
+        "right_ptr",
+        "to_ptr",
+        "bits_ptr",
+        "N_COLS",
+        "stride_w0",
+        "stride_g0",
+        "stride_t0",
+    )
     divisible += () if layout == "flat" else ("N_ROWS",)
     divisible += ("RANK", "stride_g1") if layout == "product" else ()
     return module._sgd_kernel, arguments, divisible, warps, stages
@@ -55,7 +65,8 @@ def _adam(module, architecture, dtype, kind, layout, dense):
              "weight_decay", "clamp"), "fp32",
         ),
         **PHILOX, **{f"stride_{t}{i}": "i32" for t in "wgt" for i in (0, 1)}, "KIND": kind,
-        "FLAT": layout == "flat", "DECAYS": dense, "DECAYS_ALL": dense, "CLAMPS": dense, "BLOCK": module.MASK_BLOCK,
+        "FLAT": layout == "flat", "DECAYS_GRADIENT": False, "DECAYS": dense, "DECAYS_ALL": dense,
+        "CLAMPS": dense, "BLOCK": module.MASK_BLOCK,
     }  # fmt: skip
     pointers = ("w_ptr", "g_ptr", "to_ptr", "bits_ptr", "m_ptr", "v_ptr", "offsets_ptr", "N")
     return module._adam_kernel, arguments, pointers, module._ADAM_WARPS[layout == "flat"], 3
@@ -67,11 +78,14 @@ def _bits(module, architecture, dtype, kind, layout, dense):
 
 
 def _listed(module, architecture, dtype, kind, layout, dense):
-    numbers = ("lr", "decay", "first_rate", "second", "second_rate", "rate", "correction", "eps", "weight_decay")
+    numbers = ["lr", "decay", "first_rate", "second", "second_rate", "rate", "correction", "eps"]
+    numbers.append("weight_decay")
     arguments = {
         "w_ptr": "*" + dtype, "g_ptr": "*fp32", "right_ptr": "*fp32", "indices_ptr": "*i32", "m_ptr": "*fp32",
-        "v_ptr": "*fp32", "COUNT": "i32", "N": "i32", "N_COLS": "i32", "RANK": "i32", **dict.fromkeys(numbers, "fp32"),
-        **{f"stride_{t}{i}": "i32" for t in "wg" for i in (0, 1)}, "ADAM": True, "PRODUCT": True,
+        "v_ptr": "*fp32", "COUNT": "i32", "N": "i32", "N_COLS": "i32", "RANK": "i32",
+        **dict.fromkeys(numbers, "fp32"),
+        **{f"stride_{t}{i}": "i32" for t in "wg" for i in (0, 1)}, "DECAYS_GRADIENT": True,
+        "DECAYS": True, "ADAM": True, "PRODUCT": True,
         "BLOCK": module._LISTED,
     }  # fmt: skip
     pointers = ("w_ptr", "g_ptr", "right_ptr", "indices_ptr", "m_ptr", "v_ptr")
@@ -79,7 +93,7 @@ def _listed(module, architecture, dtype, kind, layout, dense):
 
 
 def check(architecture, variant, result):
-    name, dtype, _kind, layout, dense = VARIANTS[variant]
+    _name, dtype, _kind, layout, dense = VARIANTS[variant]
     assert not any(access.startswith(("atom", "red")) for access in result["accesses"])
     if layout == "product":
         assert result["matrix unit"] > 0
