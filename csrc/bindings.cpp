@@ -16,6 +16,7 @@ namespace fastedit {
 
 void bind_covariance(py::module_& m);
 void bind_low_rank(py::module_& m);
+void bind_masked_update(py::module_& m);
 void bind_neuron_select(py::module_& m);
 void bind_retrieval(py::module_& m);
 void bind_ties(py::module_& m);
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastedit. Called through fastedit.ops, which documents and checks the arguments.";
   fastedit::bind_covariance(m);
   fastedit::bind_low_rank(m);
+  fastedit::bind_masked_update(m);
   fastedit::bind_neuron_select(m);
   fastedit::bind_retrieval(m);
   fastedit::bind_ties(m);

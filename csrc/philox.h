@@ -23,9 +23,10 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-// The four words of a 64-bit counter under a 64-bit key: element i of a tensor has word i % 4 of counter i / 4.
-FASTEDIT_FUNCTION PhiloxWords philox(uint64_t counter, uint64_t seed) {
-  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+// The four words of a counter under a 64-bit key: element i of a tensor has word i % 4 of counter i / 4. `third` and
+// `fourth`, the high half of the 128-bit counter, tell tensors under one key apart.
+FASTEDIT_FUNCTION PhiloxWords philox(uint64_t counter, uint64_t seed, uint32_t third = 0, uint32_t fourth = 0) {
+  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = third, c3 = fourth;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     philox_round(c0, c1, c2, c3, key0, key1);

@@ -88,28 +88,31 @@ def round_stochastically(x, words, T: tl.constexpr):
 
 
 @triton.jit
-def philox_words(seed, outer, inner_start, INNER, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def philox_words(
+    seed, outer, inner_start, INNER, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, third=0, fourth=0
+):
     """The random words of elements (outer[o], inner_start + k), k < BLOCK, of an (OUTER, INNER) tensor.
 
-    Philox4x32-10 of (seed, linear index): word ``index % 4`` of counter ``index // 4``. ALIGNED: INNER,
-    inner_start and BLOCK divide by 4, so that every counter is computed once instead of four times.
+    Philox4x32-10 of (seed, linear index): word ``index % 4`` of counter ``index // 4``, whose high half is
+    (third, fourth). ALIGNED: INNER, inner_start and BLOCK divide by 4, so that every counter is computed once
+    instead of four times.
     """
     if ALIGNED:
         index = outer.to(tl.int64)[:, None] * INNER + inner_start + 4 * tl.arange(0, BLOCK // 4)[None, :]
-        w0, w1, w2, w3 = _philox(seed, index)
+        w0, w1, w2, w3 = _philox(seed, index, third, fourth)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last index runs fastest: w0 w1 w2 w3
         return tl.reshape(words, (outer.shape[0], BLOCK))
     else:
         index = outer.to(tl.int64)[:, None] * INNER + inner_start + tl.arange(0, BLOCK)[None, :]
-        w0, w1, w2, w3 = _philox(seed, index)
+        w0, w1, w2, w3 = _philox(seed, index, third, fourth)
         lane = index & 3
         return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 
 
 @triton.jit
-def _philox(seed, index):
+def _philox(seed, index, third, fourth):
     counter = index >> 2
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = low * 0
-    return tl.philox(seed, low, high, zero, zero)
+    return tl.philox(seed, low, high, (zero + third).to(tl.uint32), (zero + fourth).to(tl.uint32))

@@ -13,18 +13,20 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 of 64-bit counters.
+def philox(counter: Tensor, seed: int, third: int = 0, fourth: int = 0) -> Tensor:
+    """Philox4x32-10 of 128-bit counters.
 
     Args:
-        counter: (...), int64, not negative; the high half of the 128-bit counter is 0.
+        counter: (...), int64, the low half of the counter modulo 2^64.
         seed: the 64-bit key; taken modulo 2^64.
+        third: the third word of the counter, in [0, 2^32).
+        fourth: the fourth word.
 
     Returns:
         (..., 4), int64, each a word in [0, 2^32).
     """
-    c0, c1 = counter & _MASK, counter >> 32
-    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2, c3 = torch.full_like(counter, third), torch.full_like(counter, fourth)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # int64 products wrap, so all 64 bits of the unsigned product are right
