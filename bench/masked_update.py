@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import MaskedAdamState, PhiloxMask, masked_adam_, masked_sgd_
 
 OPS = ("masked_sgd_", "masked_adam_", "philox_bits_")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import ties_merge, ties_merge_reference
 
 OPS = ("ties_merge",)
