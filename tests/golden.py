@@ -18,7 +18,6 @@ from fastedit import Fact
 # Which of our methods a case belongs to, by the case's name; the first match counts.
 METHOD_OF_CASE = [
     (r"memit_seq", "memit-cache"),
-    (r"memit_rect", "memit-rect"),
     (r"memit", "memit"),
     (r"rrome", "r-rome"),
     (r"prome", "p-rome"),
@@ -29,6 +28,10 @@ METHOD_OF_CASE = [
     (r"grace", "grace"),
     (r"wise", "wise"),
 ]
+
+
+# Hyper-parameters that a case's name stands for and its configuration does not list.
+PARAMS_OF_CASE: dict[str, dict[str, Any]] = {"memit_rect": {"rect": 0.4}}
 
 
 @dataclass

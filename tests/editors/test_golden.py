@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden import GoldenCase, find_cases, load_case
+from golden import PARAMS_OF_CASE, GoldenCase, find_cases, load_case
 from helpers import relative_error
 
 import fastedit
 from fastedit.editors import methods
 from fastedit.editors.locate_then_edit import LayerMeasurement, LocateThenEdit
+from fastedit.editors.restraint import rect
 
 CASES = find_cases()
 
@@ -25,6 +26,13 @@ PARAMS = {
     "kl_factor": "kl_factor",
     "mom2_update_weight": "covariance_weight",
     "mom2_adjustment": "use_covariance",
+    "emmet_lambda": "ridge",
+    "nullspace_threshold": "null_threshold",
+    "L2": "ridge",
+    "alpha": "tolerance",
+    "upper_bound": "upper_bound",
+    "max_iterations": "max_sweeps",
+    "neuron_threshold": "mass",
 }
 
 
@@ -60,6 +68,7 @@ def make_editor(case: GoldenCase) -> LocateThenEdit:
         for name, value in case.hparams.items()
         if name in PARAMS and PARAMS[name] in known
     }
+    params.update(PARAMS_OF_CASE.get(case.name, {}))
     editor = fastedit.editor(
         case.method,
         model,
@@ -102,6 +111,9 @@ def test_solver_reproduces_the_update_from_stored_keys_and_values(case: GoldenCa
         residual = (case.tensor("zs_b0") - case.tensor(f"curz_b0_c{index}")) / (len(layers) - index)
         left, right = editor.solve(LayerMeasurement(layer, keys, residual, keys))
         update = left.double() @ right.double().T
+        if editor.params.rect is not None:
+            weight = editor.description.projection(layer).weight.detach()
+            update = rect(update.float(), weight, editor.params.rect).double()
         assert relative_error(update, case.tensor(f"delta_b0_L{layer}")) < 5e-6
         assert relative_error(update @ keys.double(), case.tensor(f"deltak_b0_L{layer}")) < 5e-6
 
