@@ -68,6 +68,11 @@ class GoldenCase:
         with np.load(self.folder / index["covariance"]) as stored:
             return {layer: torch.from_numpy(stored[f"cov_L{layer}"]) for layer in self.data["layers"]}
 
+    def null_spaces(self) -> dict[int, Tensor]:
+        index = json.loads((self.folder / "index.json").read_text())
+        with np.load(self.folder / index.get("null_space", "nullspace_P.npz")) as stored:
+            return {layer: torch.from_numpy(stored[f"P_L{layer}"]) for layer in self.data["layers"]}
+
     def load_model(self) -> tuple[Any, Any]:
         from fastedit.cli.common import load_model
 

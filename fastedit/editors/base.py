@@ -18,7 +18,16 @@ Profile = Literal["clean", "official", "paper"]
 PROFILES: tuple[Profile, ...] = ("clean", "official", "paper")
 
 # Module of each method; a module registers its editor when it is imported.
-_METHODS = {"rome": "rome", "r-rome": "r_rome", "p-rome": "p_rome", "memit": "memit"}
+_METHODS = {
+    "rome": "rome",
+    "r-rome": "r_rome",
+    "p-rome": "p_rome",
+    "memit": "memit",
+    "memit-cache": "memit_cache",
+    "emmet": "emmet",
+    "alphaedit": "alphaedit",
+    "nse": "nse",
+}
 _EDITORS: dict[str, type[Editor]] = {}
 
 E = TypeVar("E", bound="type[Editor]")

@@ -36,6 +36,8 @@ from .values import ValueObjective, Values, optimise_values
 
 logger = logging.getLogger(__name__)
 
+Factors = dict[str, list[tuple[Tensor, Tensor]]]  # by weight name, left and right of each update
+
 _WORSE = 1.01  # a loss this much above its start is no rounding error
 
 
@@ -103,13 +105,14 @@ class _Batch:
 
 
 @dataclass
-class _Stopwatch:
+class Stopwatch:
     """Seconds spent per stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent here to stage ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -184,9 +187,10 @@ class LocateThenEdit(Editor):
         """
         return (values.target - bare.outputs(self.params.layers[-1])) / left
 
-    def needs_statistics(self) -> bool:
-        """Whether :meth:`factor` will be called."""
-        return True
+    def prepare(self) -> None:
+        """Make what solving needs and does not depend on the facts: factors of the statistics, at first use."""
+        for layer in self.params.layers:
+            self.factor(layer)
 
     def factor_weight(self) -> float:
         """λ, the weight of the statistics."""
@@ -203,18 +207,16 @@ class LocateThenEdit(Editor):
         edited.
         """
         checked = validate_facts(facts)
-        watch = _Stopwatch()
+        watch = Stopwatch()
         self.history.follow({edit.id for edit in stack_of(self.model).edits})
         with frozen(self.model):
             with watch.stage("prepare"):
                 rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
                 checked, rows, known = self._known(checked, rows)
-                if self.needs_statistics():
-                    for layer in self.params.layers:
-                        self.factor(layer)
+                self.prepare()
             names = [self.description.projection(layer).weight_name for layer in self.params.layers]
             with Transaction(self.model, names) as transaction:
-                parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+                parts: Factors = {name: [] for name in names}
                 step = 1 if self.one_by_one else len(checked)
                 batches = [
                     self._edit_batch(checked[start : start + step], rows[start : start + step], parts, watch)
@@ -232,8 +234,8 @@ class LocateThenEdit(Editor):
         self,
         facts: list[Fact],
         rows: list[FactRows],
-        parts: dict[str, list[tuple[Tensor, Tensor]]],
-        watch: _Stopwatch,
+        parts: Factors,
+        watch: Stopwatch,
     ) -> _Batch:
         with watch.stage("targets"):
             values = self.targets(facts, rows)
@@ -268,8 +270,8 @@ class LocateThenEdit(Editor):
         self,
         rows: Sequence[FactRows],
         values: Values,
-        parts: dict[str, list[tuple[Tensor, Tensor]]],
-        watch: _Stopwatch,
+        parts: Factors,
+        watch: Stopwatch,
         described: list[dict[str, Any]],
     ) -> dict[int, Tensor]:
         """Write the values into the layers, from the lowest up, by :meth:`solve`.
@@ -308,9 +310,7 @@ class LocateThenEdit(Editor):
             found[layer] = measured.keys
         return found
 
-    def _add(
-        self, layer: int, left: Tensor, right: Tensor, parts: dict[str, list[tuple[Tensor, Tensor]]]
-    ) -> None:
+    def _add(self, layer: int, left: Tensor, right: Tensor, parts: Factors) -> None:
         """Add left rightᵀ to the layer's weight and remember the factors."""
         projection = self.description.projection(layer)
         ops.low_rank_update_(projection.weight.data, left, right, transposed=projection.transposed)
@@ -443,7 +443,7 @@ class LocateThenEdit(Editor):
     def _edit(
         self,
         batches: Sequence[_Batch],
-        parts: dict[str, list[tuple[Tensor, Tensor]]],
+        parts: Factors,
         known: list[int],
         transaction: Transaction,
     ) -> Edit:

@@ -45,6 +45,26 @@ class CovarianceFactor:
         assert self._lu is not None
         return torch.linalg.lu_solve(*self._lu, right.double())
 
+    def whiten(self, right: Tensor) -> Tensor:
+        """L⁻¹ right, fp64, with λC = L Lᵀ, for right (d, n).
+
+        Raises:
+            NumericalError: λC is not positive definite, so there is no L.
+        """
+        return torch.linalg.solve_triangular(self._triangle(), right.double(), upper=False)
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """L⁻ᵀ right, fp64."""
+        return torch.linalg.solve_triangular(self._triangle().T, right.double(), upper=True)
+
+    def _triangle(self) -> Tensor:
+        if self._cholesky is None:
+            raise NumericalError(
+                "the statistics are not positive definite, which a method that preserves earlier edits needs: "
+                "collect more tokens than the layer is wide"
+            )
+        return self._cholesky
+
     def regularised(self, keys: Tensor, ridge: float = 1.0) -> Tensor:
         """X (d, n), fp64, with X = (λC)⁻¹K (ridge·I + Kᵀ(λC)⁻¹K)⁻¹; ridge 1 solves (λC + KKᵀ) X = K.
 

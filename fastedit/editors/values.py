@@ -78,10 +78,21 @@ class Values:
         return self.initial + self.shift
 
     def select(self, positions: Sequence[int]) -> Values:
-        """The values of some of the facts, those named in ``broken`` not being among them."""
+        """The values of some of the facts, in the order given."""
         chosen = torch.tensor(positions, dtype=torch.long)
         parts = (self.initial, self.shift, self.mlp, self.losses)
-        return Values(*(part[chosen.to(part.device)] for part in parts))
+        broken = {new: self.broken[old] for new, old in enumerate(positions) if old in self.broken}
+        return Values(*(part[chosen.to(part.device)] for part in parts), broken)
+
+    @staticmethod
+    def join(parts: Sequence[Values]) -> Values:
+        """The values of several lots of facts, one lot after the other."""
+        broken, count = {}, 0
+        for part in parts:
+            broken.update({count + position: reason for position, reason in part.broken.items()})
+            count += len(part.initial)
+        tensors = zip(*((part.initial, part.shift, part.mlp, part.losses) for part in parts), strict=True)
+        return Values(*(torch.cat(each) for each in tensors), broken)
 
     @property
     def final_loss(self) -> Tensor:

@@ -7,6 +7,7 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .neuron_select import gather_square, neuron_select
 
 __all__ = [
     "DualSolver",
