@@ -448,12 +448,14 @@ class LocateThenEdit(Editor):
         transaction: Transaction,
     ) -> Edit:
         factors = {
-            name: LowRank(
-                torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1)
-            )
+            name: LowRank(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
             for name, pairs in parts.items()
             if pairs
         }
+        if not factors:  # every fact was in place already: an edit that changes nothing
+            projection = self.description.projection(self.params.layers[0])
+            nothing = LowRank(torch.zeros(projection.d_out, 0), torch.zeros(projection.d_in, 0))
+            factors = {projection.weight_name: nothing}
         dense = {}
         if self.params.rect is not None:
             dense = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,20 +27,25 @@ from .prompts import FactRows, fact_rows
 from .sweep import PromptSweep, weighted_mean
 from .values import Values
 
+logger = logging.getLogger(__name__)
+
+_DONE = 0.1
+
 
 @dataclass(frozen=True)
 class NseParams(MemitParams):
     """Hyper-parameters of NSE.
 
     Attributes:
-        tolerance: α: a fact whose value is this close (‖z − h‖) is done.
-        upper_bound: a fact whose value is this far away is left out of a sweep, and reported.
+        tolerance: α: a fact whose value is this close (‖z − h‖) is done; None for a tenth of the distance that its
+            target was moved by (‖δ‖), since α goes by the scale of the model's hidden states.
+        upper_bound: a fact whose value is this far away is left out of a sweep, and reported; None for no bound.
         max_sweeps: M; the published code makes M − 1 sweeps at most, the profile ``"paper"`` M.
         mass: p, the share of the activation mass that the edited neurons hold; 1 for all neurons.
     """
 
-    tolerance: float = 2.5
-    upper_bound: float = 100.0
+    tolerance: float | None = None
+    upper_bound: float | None = None
     max_sweeps: int = 3
     mass: float = 0.8
 
@@ -150,14 +157,15 @@ class Nse(MemitCache):
         """Sweep over the layers until every fact is in place, or the sweeps are used up."""
         params = self.params
         sweeps = params.max_sweeps - (self.profile != "paper")
+        upper = math.inf if params.upper_bound is None else params.upper_bound
+        near = (_DONE * values.shift.norm(dim=1)).tolist()
+        if params.tolerance is not None:
+            near = [params.tolerance] * len(rows)
         keys: dict[int, Tensor] = {}
-        active: list[int] = []
         for sweep in range(sweeps + 1):
             with watch.stage("keys"):
                 distance = self._distance(rows, values)
-            active = [
-                i for i, far in enumerate(distance.tolist()) if params.tolerance < far < params.upper_bound
-            ]
+            active = [i for i, far in enumerate(distance.tolist()) if near[i] < far < upper]
             if not active or sweep == sweeps:
                 break
             keys = super().write([rows[i] for i in active], values.select(active), parts, watch, described)
@@ -166,10 +174,9 @@ class Nse(MemitCache):
         for i, far in enumerate(distance.tolist()):
             described[i].setdefault("sweeps", 0)
             described[i]["distance"] = far
-            if far >= params.upper_bound:
-                described[i]["left_out"] = (
-                    f"its distance {far:.3g} is not below upper_bound {params.upper_bound:g}"
-                )
+            if far >= upper:
+                described[i]["left_out"] = f"its distance {far:.3g} is not below upper_bound {upper:g}"
+                logger.warning("a fact is left out: %s", described[i]["left_out"])
         whole = all(each["sweeps"] == 1 for each in described) and len(keys) > 0
         with watch.stage("keys"):
             return keys if whole else self._keys(rows)
