@@ -27,6 +27,7 @@ _METHODS = {
     "emmet": "emmet",
     "alphaedit": "alphaedit",
     "nse": "nse",
+    "ultraedit": "ultraedit",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -7,10 +7,8 @@ solver. Everything else is here.
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +28,7 @@ from .history import KeyHistory
 from .prompts import FactRows, fact_rows
 from .restraint import anchor_norm, rect, reference_norm
 from .solve import CovarianceFactor
+from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts
 from .values import ValueObjective, Values, optimise_values
@@ -102,22 +101,6 @@ class _Batch:
     described: list[dict[str, Any]]
     set_aside: list[dict[str, Any]]
     keys: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent here to stage ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class LocateThenEdit(Editor):

@@ -20,10 +20,11 @@ from ..models.describe import Projection
 from ..models.runner import frozen
 from ..ops import gather_square, neuron_select
 from .base import register_editor
-from .locate_then_edit import Factors, LayerMeasurement, Stopwatch
+from .locate_then_edit import Factors, LayerMeasurement
 from .memit import MemitParams
 from .memit_cache import MemitCache
 from .prompts import FactRows, fact_rows
+from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .values import Values
 

@@ -81,8 +81,9 @@ class Values:
         """The values of some of the facts, in the order given."""
         chosen = torch.tensor(positions, dtype=torch.long)
         parts = (self.initial, self.shift, self.mlp, self.losses)
+        initial, shift, mlp, losses = (part[chosen.to(part.device)] for part in parts)
         broken = {new: self.broken[old] for new, old in enumerate(positions) if old in self.broken}
-        return Values(*(part[chosen.to(part.device)] for part in parts), broken)
+        return Values(initial, shift, mlp, losses, broken)
 
     @staticmethod
     def join(parts: Sequence[Values]) -> Values:
@@ -92,7 +93,8 @@ class Values:
             broken.update({count + position: reason for position, reason in part.broken.items()})
             count += len(part.initial)
         tensors = zip(*((part.initial, part.shift, part.mlp, part.losses) for part in parts), strict=True)
-        return Values(*(torch.cat(each) for each in tensors), broken)
+        initial, shift, mlp, losses = (torch.cat(each) for each in tensors)
+        return Values(initial, shift, mlp, losses, broken)
 
     @property
     def final_loss(self) -> Tensor:

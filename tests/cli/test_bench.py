@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.cli.bench import STEMS
 from fastedit.cli.main import main
 

@@ -9,6 +9,7 @@ from model_configs import tiny_tokenizer
 
 import fastedit
 from fastedit import Fact
+from fastedit.editors.prompts import fact_rows
 from fastedit.models import describe
 
 FACTS = [
@@ -33,9 +34,9 @@ def moments(model: Any) -> dict[int, torch.Tensor]:
 
 
 def make(method: str, model: Any, **options: Any) -> Any:
-    options.setdefault("params", QUICK)
-    options.setdefault("statistics", moments(model))
-    options.setdefault("contexts", CONTEXTS)
+    """An editor with few steps and given statistics and contexts, as far as the method has them."""
+    if method != "ultraedit":
+        options = {"params": QUICK, "statistics": moments(model), "contexts": CONTEXTS, **options}
     return fastedit.editor(method, model, tiny_tokenizer(), **options)
 
 
@@ -45,3 +46,13 @@ def bits(model: Any) -> dict[str, torch.Tensor]:
 
 def same_bits(model: Any, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+def target_loss(model: Any, facts: list[Fact]) -> float:
+    """Mean cross-entropy of the facts' target tokens after their prompts."""
+    total = torch.zeros(())
+    for row in fact_rows(tiny_tokenizer(), facts, ["{}"], None):
+        logits = model(input_ids=torch.tensor([row.targets[0].ids])).logits[0, -len(row.target) :]
+        total += torch.nn.functional.cross_entropy(logits.float(), torch.tensor(row.target))
+    return float(total) / len(facts)
