@@ -197,7 +197,7 @@ class LocateThenEdit(Editor):
                 rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
                 checked, rows, known = self._known(checked, rows)
                 self.prepare()
-            names = [self.description.projection(layer).weight_name for layer in self.params.layers]
+            names = self.weight_names
             with Transaction(self.model, names) as transaction:
                 parts: Factors = {name: [] for name in names}
                 step = 1 if self.one_by_one else len(checked)
@@ -329,6 +329,33 @@ class LocateThenEdit(Editor):
             raise NumericalError("no target of these facts could be optimised: there is no norm to measure")
         chosen = values.select(usable)
         return reference_norm(chosen.mlp + chosen.shift)
+
+    # -- state --------------------------------------------------------------------------------------
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The output projections of the layers."""
+        return [self.description.projection(layer).weight_name for layer in self.params.layers]
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.history.follow({edit.id for edit in stack_of(self.model).edits})
+        tensors = {
+            f"keys.{number}.{layer}": keys
+            for number, batch in enumerate(self.history.batches)
+            for layer, keys in batch.keys.items()
+        }
+        return tensors, {"batches": len(self.history), "contexts": list(self.contexts)}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        history = KeyHistory()
+        for number in range(about["batches"]):
+            keys = {}
+            for layer in self.params.layers:
+                place = self.description.projection(layer).weight.device
+                keys[layer] = tensors[f"keys.{number}.{layer}"].to(place)
+            history.add("", keys)
+        self.history = history
+        self._contexts = list(about["contexts"])
 
     # -- pieces -------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from .values import Values
 logger = logging.getLogger(__name__)
 
 _DONE = 0.1
+_PARTS = ("initial", "shift", "mlp", "losses")  # tensors of a target
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,33 @@ class Nse(MemitCache):
             place = self.description.projection(layer).weight.device
             found[layer] = weighted_mean(sweep.keys(), weights).T.to(place)
         return found
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._keep_originals()
+        assert self._kept is not None
+        tensors, about = super()._state()
+        for layer, projection in self._projections().items():
+            original = self._kept.get(layer, stack_of(self.model).original(projection.weight_name))
+            if original is not None:
+                tensors[f"original.{layer}"] = original
+        for number, values in enumerate(self._targets.values()):
+            for name in _PARTS:
+                tensors[f"target.{number}.{name}"] = getattr(values, name)
+        return tensors, {**about, "targets": [list(key) for key in self._targets]}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        super()._load_state(tensors, about)
+        self._kept = {
+            layer: tensors[f"original.{layer}"].to(projection.weight.device)
+            for layer, projection in self._projections().items()
+            if f"original.{layer}" in tensors
+        }
+        self._targets = {
+            (text, target): Values(**{name: tensors[f"target.{number}.{name}"] for name in _PARTS})
+            for number, (text, target) in enumerate(about["targets"])
+        }
 
     # -- few neurons --------------------------------------------------------------------------------
 

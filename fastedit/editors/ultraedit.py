@@ -129,10 +129,9 @@ class UltraEdit(Editor):
                 rows = fact_rows(self.tokenizer, checked, ["{}"], self.description.context_length)
                 with watch.stage("gradients"):
                     captured = self._capture(checked, rows)
-                names = [f"{name}.weight" for name in self.places]
                 with watch.stage("solve"):
                     factors = {f"{name}.weight": self._solve(name, *captured[name]) for name in self.places}
-                with Transaction(self.model, names) as transaction, watch.stage("apply"):
+                with Transaction(self.model, self.weight_names) as transaction, watch.stage("apply"):
                     edit = transaction.commit(self._edit(checked, factors))
         except BaseException:
             self.normalisers = before
@@ -140,6 +139,27 @@ class UltraEdit(Editor):
         self._past.append((edit.id, copy.deepcopy(self.normalisers)))
         edit.measured["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
         return edit
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The weights of the layers that are edited."""
+        return [f"{name}.weight" for name in self.places]
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._follow()
+        tensors, counts = {}, []
+        for number, (shape, each) in enumerate(self.normalisers.items()):
+            tensors[f"mean.{number}"], tensors[f"squares.{number}"] = each.mean, each.squares
+            counts.append([*shape, each.count])
+        return tensors, {"normalisers": counts}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        normalisers = {}
+        for number, (d_out, d_in, count) in enumerate(about["normalisers"]):
+            each = Normaliser(d_in + d_out, self.profile == "official", count)
+            each.mean, each.squares = tensors[f"mean.{number}"], tensors[f"squares.{number}"]
+            normalisers[d_out, d_in] = each
+        self.normalisers, self._past = normalisers, []
 
     def _follow(self) -> None:
         """Take the state back to that after the last batch that is still on the model."""
