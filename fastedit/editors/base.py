@@ -102,17 +102,20 @@ class Editor(ABC):
         self._load_state(state.tensors, state.about)
 
     @property
-    @abstractmethod
     def weight_names(self) -> list[str]:
-        """Names of the weights that the editor may change."""
+        """Names of the weights that the editor may change; a saved state belongs to their bits."""
+        return []
 
-    @abstractmethod
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and anything else that is carried from batch to batch."""
+        """Tensors and anything else that is carried from batch to batch; nothing, unless a family has something."""
+        return {}, {}
 
-    @abstractmethod
     def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Take over what :meth:`_state` gave."""
+        if tensors or about:
+            raise ValueError(
+                f"{self.method} carries nothing from batch to batch, got {sorted([*tensors, *about])}"
+            )
 
     @abstractmethod
     def edit(self, facts: Iterable[Fact | Mapping[str, Any]]) -> Edit:

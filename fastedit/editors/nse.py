@@ -224,10 +224,10 @@ class Nse(MemitCache):
             for layer, projection in self._projections().items()
             if f"original.{layer}" in tensors
         }
-        self._targets = {
-            (text, target): Values(**{name: tensors[f"target.{number}.{name}"] for name in _PARTS})
-            for number, (text, target) in enumerate(about["targets"])
-        }
+        self._targets = {}
+        for number, (text, target) in enumerate(about["targets"]):
+            initial, shift, mlp, losses = (tensors[f"target.{number}.{name}"] for name in _PARTS)
+            self._targets[text, target] = Values(initial, shift, mlp, losses)
 
     # -- few neurons --------------------------------------------------------------------------------
 
