@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
+#include <vector>
 
 #include "isa.h"
 #include "tensor_view.h"
@@ -30,11 +32,24 @@ CovariancePlan plan_covariance(const TensorView& cov, const TensorView& x, Isa i
 void covariance(const CovariancePlan& plan, const TensorView& cov, const TensorView& x, const TensorView* mask,
                 void* workspace);
 
+// One cov of a call for several layers.
+struct CovarianceLayer {
+  TensorView cov, x, mask;
+  bool has_mask;
+  Isa isa;
+};
+
+// Several layers, of any widths. Layers too narrow to keep a team of threads busy are shared out, one to a thread.
+// `allocate` returns a workspace of so many bytes, aligned to 64.
+void covariance_layers(const std::vector<CovarianceLayer>& layers, int threads,
+                       const std::function<void*(size_t bytes)>& allocate);
+
 }  // namespace cpu
 
 namespace cuda {
 
-// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). Needs no workspace.
+// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). Takes
+// stream-ordered scratch memory of its own where the squares of cov do not fill the GPU.
 int covariance(const TensorView& cov, const TensorView& x, const TensorView* mask, void* stream);
 
 }  // namespace cuda

@@ -10,6 +10,13 @@
 // float16:  the same with 13 bits, for |result| >= 2^-14; below, where float16 has a fixed spacing of 2^-24,
 //           the magnitude is floor(|result| * 2^24 + low13(word) * 2^-13) * 2^-24.
 // float32 and float64 weights have nothing to round; infinities and NaN are stored as they are.
+//
+// With a residual (float32, the weight's stored shape, unit last stride), for bfloat16 and float16 weights:
+//
+//     value = (weight + residual) + alpha * product      if options.carry, else weight + alpha * product
+//     weight = round(value);  residual = value - weight, or 0 where the stored weight is not finite
+//
+// in float32, so that the residual is exact for rounding to nearest. It is only read if options.carry.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +32,7 @@ struct LowRankOptions {
   bool transposed = false;  // the weight is stored (d_in, d_out)
   bool stochastic = false;
   uint64_t seed = 0;
+  bool carry = false;  // add the residual before rounding
 };
 
 namespace cpu {
@@ -32,18 +40,17 @@ namespace cpu {
 struct LowRankPlan {
   Isa isa;
   int threads;
-  int64_t block_columns;  // stored columns whose packed factor stays in cache while rows stream past it
-  int64_t block_rows;     // stored rows in a task
+  int64_t block_rows, block_columns;  // of the stored weight, in a task
   size_t workspace_bytes;
 };
 
 LowRankPlan plan_low_rank(const TensorView& weight, const TensorView& left, Isa isa, int threads);
 
 // weight: unit last stride; left (d_out, r), right (d_in, r): unit last stride, float32 (float64 for a float64
-// weight). out_norm, if given, receives the Frobenius norm of alpha * left rightᵀ before rounding. The workspace
-// is aligned to 64 bytes. Each element's arithmetic is the same for any number of threads.
+// weight). out_norm, if given, receives the Frobenius norm of alpha * left rightᵀ before rounding; residual may be
+// null. The workspace is aligned to 64 bytes. Each element's arithmetic is the same for any number of threads.
 void low_rank(const LowRankPlan& plan, const TensorView& weight, const TensorView& left, const TensorView& right,
-              const LowRankOptions& options, double* out_norm, void* workspace);
+              const LowRankOptions& options, double* out_norm, const TensorView* residual, void* workspace);
 
 }  // namespace cpu
 
@@ -54,7 +61,8 @@ namespace cuda {
 // same device: the blocks' partial sums, added up in a fixed order.
 int64_t low_rank_workspace_doubles(const TensorView& weight);
 int low_rank(const TensorView& weight, const TensorView& left, const TensorView& right,
-             const LowRankOptions& options, const TensorView* out_norm, double* workspace, void* stream);
+             const LowRankOptions& options, const TensorView* out_norm, const TensorView* residual, double* workspace,
+             void* stream);
 
 }  // namespace cuda
 

@@ -4,6 +4,7 @@ The helpers make one source right both compiled and in Triton's interpreter, whi
 integers and truncates where it should round.
 """
 
+import functools
 import os
 
 import torch
@@ -28,6 +29,18 @@ def architecture(device):
     major, minor = torch.cuda.get_device_capability(device)
     known = (80, 86, 89, 90, 100, 120)
     return max((cc for cc in known if cc <= 10 * major + minor), default=80)
+
+
+def multiprocessors(device):
+    """How many multiprocessors a device has; a few in the interpreter."""
+    if is_interpreted() or device.type != "cuda":
+        return 4
+    return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _multiprocessors(index):
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @triton.jit

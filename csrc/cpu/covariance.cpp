@@ -4,11 +4,14 @@
 // one token's value (float or double), or two tokens' bfloat16 values side by side for the instruction that
 // multiplies pairs. Packing skips masked tokens. Then tasks, each owning one square of the lower triangle of cov,
 // multiply panels with panels: 32x32 blocks, accumulated in registers over at most `steps_per_slice` steps, summed
-// over slices in a small square kept in cache, and added to cov once a chunk. Finally the triangle is mirrored.
+// over slices in a small square kept in cache, and added to cov once a chunk. With the last chunk a task also writes
+// the mirror image of its square. What a task needs next (panels of the next slice; in the last one, its square of
+// cov) is prefetched between blocks.
 //
-// Work: T d (d + 32) multiply-adds instead of 2 T d². Memory: x once, packed x d/tile times from the outer caches, and
-// the lower triangle of cov once a chunk. Error: sums of at most 128 products (256 of bfloat16) in registers, of a
-// chunk's slices in the accumulator, then of chunks in cov: errors of independent short sums, not of one long one.
+// Work: T d (d + 32) multiply-adds instead of 2 T d². Memory: x once, packed x d/tile times from the outer caches, the
+// lower triangle of cov once a chunk, the upper one written once. Error: sums of at most 128 products (256 of bfloat16)
+// in registers, of a chunk's slices in the accumulator, then of chunks in cov: errors of independent short sums, not of
+// one long one.
 
 #include "../covariance.h"
 
@@ -29,10 +32,24 @@ constexpr int64_t max_chunk_tokens = 2048;
 constexpr int64_t packing_bytes = int64_t(64) << 20;  // upper bound of the packed chunk, unless a slice is larger
 constexpr int64_t pack_group = 16;                     // steps that a task packs: whole rows, read once
 
-// --- Blocks: c (32, 32), contiguous, += aᵀ b, where a and b are panels of `steps` steps ---------------------------------------
+// Memory that will be needed soon: two lines at a time, so that fetching them never holds up what is needed now.
+struct Ahead {
+  const char* at;
+  int64_t stride;
+
+  FASTEDIT_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
+    at += stride;
+  }
+};
+constexpr int64_t ahead_per_block = 32;  // fetches in a block over a whole slice
+
+// --- Blocks: c (32, 32), contiguous, = or += aᵀ b, where a and b are panels of `steps` steps ------------------------
 
 template <class Word, class Acc>
-FASTEDIT_INLINE void block_generic(const Word* a, const Word* b, int64_t steps, Acc* c) {
+void block_scalar(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh, Ahead) {
+  const Word *a = static_cast<const Word*>(a_panel), *b = static_cast<const Word*>(b_panel);
   constexpr int rows = 4, columns = 8;
   for (int i = 0; i < panel_width; i += rows)
     for (int j = 0; j < panel_width; j += columns) {
@@ -42,46 +59,45 @@ FASTEDIT_INLINE void block_generic(const Word* a, const Word* b, int64_t steps, 
           for (int q = 0; q < columns; ++q)
             sum[r][q] += a[k * panel_width + i + r] * b[k * panel_width + j + q];
       for (int r = 0; r < rows; ++r)
-        for (int q = 0; q < columns; ++q) c[(i + r) * panel_width + j + q] += Acc(sum[r][q]);
+        for (int q = 0; q < columns; ++q) {
+          Acc& to = c[(i + r) * panel_width + j + q];
+          to = fresh ? Acc(sum[r][q]) : to + Acc(sum[r][q]);
+        }
     }
-}
-
-template <class Word, class Acc>
-void block_scalar(const void* a, const void* b, int64_t steps, Acc* c) {
-  block_generic(static_cast<const Word*>(a), static_cast<const Word*>(b), steps, c);
 }
 
 #if defined(__x86_64__)
 
-FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(float* c, __m256 v) {
-  _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(c), v));
+FASTEDIT_AVX2 FASTEDIT_INLINE void put(float* c, __m256 v, bool fresh) {
+  _mm256_storeu_ps(c, fresh ? v : _mm256_add_ps(_mm256_loadu_ps(c), v));
 }
 
-FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(double* c, __m256d v) {
-  _mm256_storeu_pd(c, _mm256_add_pd(_mm256_loadu_pd(c), v));
+FASTEDIT_AVX2 FASTEDIT_INLINE void put(double* c, __m256d v, bool fresh) {
+  _mm256_storeu_pd(c, fresh ? v : _mm256_add_pd(_mm256_loadu_pd(c), v));
 }
 
-FASTEDIT_AVX2 FASTEDIT_INLINE void add_to(double* c, __m256 v) {
-  add_to(c, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
-  add_to(c + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+FASTEDIT_AVX2 FASTEDIT_INLINE void put(double* c, __m256 v, bool fresh) {
+  put(c, _mm256_cvtps_pd(_mm256_castps256_ps128(v)), fresh);
+  put(c + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)), fresh);
 }
 
-FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(float* c, __m512 v) {
-  _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), v));
+FASTEDIT_AVX512 FASTEDIT_INLINE void put(float* c, __m512 v, bool fresh) {
+  _mm512_storeu_ps(c, fresh ? v : _mm512_add_ps(_mm512_loadu_ps(c), v));
 }
 
-FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(double* c, __m512d v) {
-  _mm512_storeu_pd(c, _mm512_add_pd(_mm512_loadu_pd(c), v));
+FASTEDIT_AVX512 FASTEDIT_INLINE void put(double* c, __m512d v, bool fresh) {
+  _mm512_storeu_pd(c, fresh ? v : _mm512_add_pd(_mm512_loadu_pd(c), v));
 }
 
-FASTEDIT_AVX512 FASTEDIT_INLINE void add_to(double* c, __m512 v) {
-  add_to(c, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
-  add_to(c + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+FASTEDIT_AVX512 FASTEDIT_INLINE void put(double* c, __m512 v, bool fresh) {
+  put(c, _mm512_cvtps_pd(_mm512_castps512_ps256(v)), fresh);
+  put(c + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)), fresh);
 }
 
 // 4x16 register tile: 8 accumulators hide the latency of two multiply-adds a cycle.
 template <class Acc>
-FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
+FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh,
+                              Ahead ahead) {
   constexpr int rows = 4;
   for (int j = 0; j < panel_width; j += 16)
     for (int i = 0; i < panel_width; i += rows) {
@@ -89,23 +105,27 @@ FASTEDIT_AVX2 void block_avx2(const void* a_panel, const void* b_panel, int64_t 
       const float* b = static_cast<const float*>(b_panel) + j;
       __m256 sum[rows][2];
       for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-      for (int64_t k = 0; k < steps; ++k, a += panel_width, b += panel_width) {
-        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-        for (int r = 0; r < rows; ++r) {
-          const __m256 ar = _mm256_broadcast_ss(a + r);
-          sum[r][0] = _mm256_fmadd_ps(ar, b0, sum[r][0]);
-          sum[r][1] = _mm256_fmadd_ps(ar, b1, sum[r][1]);
+      for (int64_t left = steps; left > 0; left -= 64) {
+        ahead.fetch();
+        for (int64_t k = std::min<int64_t>(left, 64); k > 0; --k, a += panel_width, b += panel_width) {
+          const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+          for (int r = 0; r < rows; ++r) {
+            const __m256 ar = _mm256_broadcast_ss(a + r);
+            sum[r][0] = _mm256_fmadd_ps(ar, b0, sum[r][0]);
+            sum[r][1] = _mm256_fmadd_ps(ar, b1, sum[r][1]);
+          }
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * panel_width + j, sum[r][0]);
-        add_to(c + (i + r) * panel_width + j + 8, sum[r][1]);
+        put(c + (i + r) * panel_width + j, sum[r][0], fresh);
+        put(c + (i + r) * panel_width + j + 8, sum[r][1], fresh);
       }
     }
 }
 
 template <class Acc>
-FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
+FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh,
+                                  Ahead ahead) {
   constexpr int rows = 4;
   for (int j = 0; j < panel_width; j += 8)
     for (int i = 0; i < panel_width; i += rows) {
@@ -113,47 +133,55 @@ FASTEDIT_AVX2 void block_avx2_f64(const void* a_panel, const void* b_panel, int6
       const double* b = static_cast<const double*>(b_panel) + j;
       __m256d sum[rows][2];
       for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_pd();
-      for (int64_t k = 0; k < steps; ++k, a += panel_width, b += panel_width) {
-        const __m256d b0 = _mm256_loadu_pd(b), b1 = _mm256_loadu_pd(b + 4);
-        for (int r = 0; r < rows; ++r) {
-          const __m256d ar = _mm256_broadcast_sd(a + r);
-          sum[r][0] = _mm256_fmadd_pd(ar, b0, sum[r][0]);
-          sum[r][1] = _mm256_fmadd_pd(ar, b1, sum[r][1]);
+      for (int64_t left = steps; left > 0; left -= 64) {
+        ahead.fetch();
+        for (int64_t k = std::min<int64_t>(left, 64); k > 0; --k, a += panel_width, b += panel_width) {
+          const __m256d b0 = _mm256_loadu_pd(b), b1 = _mm256_loadu_pd(b + 4);
+          for (int r = 0; r < rows; ++r) {
+            const __m256d ar = _mm256_broadcast_sd(a + r);
+            sum[r][0] = _mm256_fmadd_pd(ar, b0, sum[r][0]);
+            sum[r][1] = _mm256_fmadd_pd(ar, b1, sum[r][1]);
+          }
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * panel_width + j, sum[r][0]);
-        add_to(c + (i + r) * panel_width + j + 4, sum[r][1]);
+        put(c + (i + r) * panel_width + j, sum[r][0], fresh);
+        put(c + (i + r) * panel_width + j + 4, sum[r][1], fresh);
       }
     }
 }
 
 // 8x32 register tile: 16 accumulators, two vectors of b and one broadcast word of a.
 template <class Acc>
-FASTEDIT_AVX512 void block_avx512(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
+FASTEDIT_AVX512 void block_avx512(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh,
+                                  Ahead ahead) {
   constexpr int rows = 8;
   for (int i = 0; i < panel_width; i += rows) {
     const float* a = static_cast<const float*>(a_panel) + i;
     const float* b = static_cast<const float*>(b_panel);
     __m512 sum[rows][2];
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < steps; ++k, a += panel_width, b += panel_width) {
-      const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
-      for (int r = 0; r < rows; ++r) {
-        const __m512 ar = _mm512_set1_ps(a[r]);
-        sum[r][0] = _mm512_fmadd_ps(ar, b0, sum[r][0]);
-        sum[r][1] = _mm512_fmadd_ps(ar, b1, sum[r][1]);
+    for (int64_t left = steps; left > 0; left -= 16) {
+      ahead.fetch();
+      for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, a += panel_width, b += panel_width) {
+        const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
+        for (int r = 0; r < rows; ++r) {
+          const __m512 ar = _mm512_set1_ps(a[r]);
+          sum[r][0] = _mm512_fmadd_ps(ar, b0, sum[r][0]);
+          sum[r][1] = _mm512_fmadd_ps(ar, b1, sum[r][1]);
+        }
       }
     }
     for (int r = 0; r < rows; ++r) {
-      add_to(c + (i + r) * panel_width, sum[r][0]);
-      add_to(c + (i + r) * panel_width + 16, sum[r][1]);
+      put(c + (i + r) * panel_width, sum[r][0], fresh);
+      put(c + (i + r) * panel_width + 16, sum[r][1], fresh);
     }
   }
 }
 
 template <class Acc>
-FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
+FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh,
+                                      Ahead ahead) {
   constexpr int rows = 8;
   for (int j = 0; j < panel_width; j += 16)
     for (int i = 0; i < panel_width; i += rows) {
@@ -161,41 +189,48 @@ FASTEDIT_AVX512 void block_avx512_f64(const void* a_panel, const void* b_panel, 
       const double* b = static_cast<const double*>(b_panel) + j;
       __m512d sum[rows][2];
       for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_pd();
-      for (int64_t k = 0; k < steps; ++k, a += panel_width, b += panel_width) {
-        const __m512d b0 = _mm512_loadu_pd(b), b1 = _mm512_loadu_pd(b + 8);
-        for (int r = 0; r < rows; ++r) {
-          const __m512d ar = _mm512_set1_pd(a[r]);
-          sum[r][0] = _mm512_fmadd_pd(ar, b0, sum[r][0]);
-          sum[r][1] = _mm512_fmadd_pd(ar, b1, sum[r][1]);
+      for (int64_t left = steps; left > 0; left -= 16) {
+        ahead.fetch();
+        for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, a += panel_width, b += panel_width) {
+          const __m512d b0 = _mm512_loadu_pd(b), b1 = _mm512_loadu_pd(b + 8);
+          for (int r = 0; r < rows; ++r) {
+            const __m512d ar = _mm512_set1_pd(a[r]);
+            sum[r][0] = _mm512_fmadd_pd(ar, b0, sum[r][0]);
+            sum[r][1] = _mm512_fmadd_pd(ar, b1, sum[r][1]);
+          }
         }
       }
       for (int r = 0; r < rows; ++r) {
-        add_to(c + (i + r) * panel_width + j, sum[r][0]);
-        add_to(c + (i + r) * panel_width + j + 8, sum[r][1]);
+        put(c + (i + r) * panel_width + j, sum[r][0], fresh);
+        put(c + (i + r) * panel_width + j + 8, sum[r][1], fresh);
       }
     }
 }
 
 // As block_avx512, two tokens a step.
 template <class Acc>
-FASTEDIT_AVX512_BF16 void block_avx512_bf16(const void* a_panel, const void* b_panel, int64_t steps, Acc* c) {
+FASTEDIT_AVX512_BF16 void block_avx512_bf16(const void* a_panel, const void* b_panel, int64_t steps, Acc* c, bool fresh,
+                                            Ahead ahead) {
   constexpr int rows = 8;
   for (int i = 0; i < panel_width; i += rows) {
     const uint32_t* a = static_cast<const uint32_t*>(a_panel) + i;
     const uint32_t* b = static_cast<const uint32_t*>(b_panel);
     __m512 sum[rows][2];
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < steps; ++k, a += panel_width, b += panel_width) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
-      for (int r = 0; r < rows; ++r) {
-        const __m512bh ar = (__m512bh)_mm512_set1_epi32(int(a[r]));
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], ar, b0);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], ar, b1);
+    for (int64_t left = steps; left > 0; left -= 16) {
+      ahead.fetch();
+      for (int64_t k = std::min<int64_t>(left, 16); k > 0; --k, a += panel_width, b += panel_width) {
+        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
+        for (int r = 0; r < rows; ++r) {
+          const __m512bh ar = (__m512bh)_mm512_set1_epi32(int(a[r]));
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], ar, b0);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], ar, b1);
+        }
       }
     }
     for (int r = 0; r < rows; ++r) {
-      add_to(c + (i + r) * panel_width, sum[r][0]);
-      add_to(c + (i + r) * panel_width + 16, sum[r][1]);
+      put(c + (i + r) * panel_width, sum[r][0], fresh);
+      put(c + (i + r) * panel_width + 16, sum[r][1], fresh);
     }
   }
 }
@@ -255,38 +290,44 @@ void pack_scalar_f64(const void* token, const void*, int64_t d, void* dst, int64
 
 #if defined(__x86_64__)
 
-template <class Type>
-FASTEDIT_AVX2 void pack_avx2(const void* token, const void*, int64_t d, void* dst, int64_t panel_stride) {
-  pack_values<Type, float>(token, d, dst, panel_stride);
+FASTEDIT_AVX2 FASTEDIT_INLINE __m256 load_8(F32, const float* x) { return _mm256_loadu_ps(x); }
+FASTEDIT_AVX2 FASTEDIT_INLINE __m256 load_8(BF16, const uint16_t* x) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+FASTEDIT_AVX2 FASTEDIT_INLINE __m256 load_8(F16, const uint16_t* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
-template <>
-FASTEDIT_AVX2 void pack_avx2<F16>(const void* token, const void*, int64_t d, void* dst, int64_t panel_stride) {
-  const auto* x = static_cast<const uint16_t*>(token);
-  const int64_t whole = d / panel_width * panel_width;
-  for (int64_t column = 0; column < whole; column += 8) {
-    float* out = static_cast<float*>(dst) + column / panel_width * panel_stride + column % panel_width;
-    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + column))));
-  }
-  float* last = static_cast<float*>(dst) + whole / panel_width * panel_stride;
-  if (whole < d) pack_values<F16, float>(x + whole, d - whole, last, panel_stride);
+template <class Type>
+FASTEDIT_AVX2 void pack_avx2(const void* token, const void*, int64_t d, void* dst, int64_t panel_stride) {
+  const auto* x = static_cast<const typename Type::Storage*>(token);
+  float* out = static_cast<float*>(dst);
+  int64_t column = 0;
+  for (; column + panel_width <= d; column += panel_width, out += panel_stride)
+    for (int c = 0; c < panel_width; c += 8) _mm256_storeu_ps(out + c, load_8(Type{}, x + column + c));
+  if (column < d) pack_values<Type, float>(x + column, d - column, out, panel_stride);
+}
+
+FASTEDIT_AVX512 FASTEDIT_INLINE __m512 load_16(F32, const float* x) { return _mm512_loadu_ps(x); }
+FASTEDIT_AVX512 FASTEDIT_INLINE __m512 load_16(BF16, const uint16_t* x) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FASTEDIT_AVX512 FASTEDIT_INLINE __m512 load_16(F16, const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
 template <class Type>
 FASTEDIT_AVX512 void pack_avx512(const void* token, const void*, int64_t d, void* dst, int64_t panel_stride) {
-  pack_values<Type, float>(token, d, dst, panel_stride);
-}
-
-template <>
-FASTEDIT_AVX512 void pack_avx512<F16>(const void* token, const void*, int64_t d, void* dst, int64_t panel_stride) {
-  const auto* x = static_cast<const uint16_t*>(token);
-  const int64_t whole = d / panel_width * panel_width;
-  for (int64_t column = 0; column < whole; column += 16) {
-    float* out = static_cast<float*>(dst) + column / panel_width * panel_stride + column % panel_width;
-    _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + column))));
+  const auto* x = static_cast<const typename Type::Storage*>(token);
+  float* out = static_cast<float*>(dst);
+  int64_t column = 0;
+  for (; column + panel_width <= d; column += panel_width, out += panel_stride) {
+    _mm512_storeu_ps(out, load_16(Type{}, x + column));
+    _mm512_storeu_ps(out + 16, load_16(Type{}, x + column + 16));
   }
-  float* last = static_cast<float*>(dst) + whole / panel_width * panel_stride;
-  if (whole < d) pack_values<F16, float>(x + whole, d - whole, last, panel_stride);
+  if (column < d) pack_values<Type, float>(x + column, d - column, out, panel_stride);
 }
 
 FASTEDIT_AVX512 void pack_avx512_pairs(const void* first, const void* second, int64_t d, void* dst,
@@ -296,10 +337,62 @@ FASTEDIT_AVX512 void pack_avx512_pairs(const void* first, const void* second, in
 
 #endif  // __x86_64__
 
+// --- Mirroring a block: to[c * pitch + r] = block[r * 32 + c] --------------------------------------------------------
+
+template <class Acc>
+void mirror_scalar(const Acc* block, int64_t rows, int64_t columns, Acc* to, int64_t pitch) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[c * pitch + r] = block[r * panel_width + c];
+}
+
+#if defined(__x86_64__)
+
+// Transposes 16x16 values in registers. Where a row of 16 is a whole line it goes past the caches: nothing reads it
+// soon, and the line need not be fetched to be overwritten.
+FASTEDIT_AVX512 FASTEDIT_INLINE void mirror_16(const float* from, float* to, int64_t pitch, bool stream) {
+  __m512 a[16], b[16];
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(from + r * panel_width);
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4)
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(b[r + h]), high = _mm512_castps_pd(b[r + h + 2]);
+      a[r + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[r + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  // Lane l of a[4 g + m]: rows 4 g to 4 g + 3 of column 4 l + m.
+  for (int m = 0; m < 4; ++m) {
+    const __m512 even = _mm512_shuffle_f32x4(a[m], a[4 + m], 0x88), odd = _mm512_shuffle_f32x4(a[m], a[4 + m], 0xDD);
+    const __m512 even2 = _mm512_shuffle_f32x4(a[8 + m], a[12 + m], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + m], a[12 + m], 0xDD);
+    b[m] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    b[4 + m] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    b[8 + m] = _mm512_shuffle_f32x4(even, even2, 0xDD);
+    b[12 + m] = _mm512_shuffle_f32x4(odd, odd2, 0xDD);
+  }
+  if (stream)
+    for (int c = 0; c < 16; ++c) _mm512_stream_ps(to + c * pitch, b[c]);
+  else
+    for (int c = 0; c < 16; ++c) _mm512_storeu_ps(to + c * pitch, b[c]);
+}
+
+FASTEDIT_AVX512 void mirror_avx512(const float* block, int64_t rows, int64_t columns, float* to, int64_t pitch) {
+  if (rows != panel_width || columns != panel_width) return mirror_scalar(block, rows, columns, to, pitch);
+  const bool stream = reinterpret_cast<uintptr_t>(to) % 64 == 0 && pitch % 16 == 0;
+  for (int c = 0; c < panel_width; c += 16)
+    for (int r = 0; r < panel_width; r += 16)
+      mirror_16(block + r * panel_width + c, to + c * pitch + r, pitch, stream);
+  if (stream) _mm_sfence();
+}
+
+#endif  // __x86_64__
+
 // --- What fits the types and the instruction set ------------------------------------------------------------------
 
 template <class Acc>
-using Block = void (*)(const void* a, const void* b, int64_t steps, Acc* c);
+using Block = void (*)(const void* a, const void* b, int64_t steps, Acc* c, bool fresh, Ahead ahead);
 
 struct Layout {
   int64_t tokens_per_step;
@@ -338,6 +431,19 @@ Block<Acc> block_of(DType x, Isa isa) {
   return x == DType::f64 ? block_scalar<double, Acc> : block_scalar<float, Acc>;
 }
 
+template <class Acc>
+using Mirror = void (*)(const Acc* block, int64_t rows, int64_t columns, Acc* to, int64_t pitch);
+
+template <class Acc>
+Mirror<Acc> mirror_of(Isa isa) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Acc) == 4)
+    if (isa >= Isa::avx512) return mirror_avx512;
+#endif
+  (void)isa;
+  return mirror_scalar<Acc>;
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t packed_words(int64_t d, int64_t chunk_tokens, const Layout& layout) {
@@ -347,13 +453,15 @@ int64_t packed_words(int64_t d, int64_t chunk_tokens, const Layout& layout) {
 
 // --- The call ------------------------------------------------------------------------------------------------------
 
-// Tokens of the next chunk that are not masked; moves `next` past the tokens it looked at.
+// Tokens of the next chunk that are not masked; moves `next` to the first token of the chunk after it, or to the end.
 int64_t select_tokens(const TensorView& x, const TensorView* mask, int64_t limit, int64_t& next, int64_t* tokens) {
-  const int64_t n_tokens = x.shape[0];
-  int64_t count = 0;
   const auto* keep = mask ? static_cast<const uint8_t*>(mask->data) : nullptr;
-  for (; next < n_tokens && count < limit; ++next)
-    if (!keep || keep[next * mask->stride[0]]) tokens[count++] = next;
+  int64_t count = 0;
+  for (; next < x.shape[0]; ++next)
+    if (!keep || keep[next * mask->stride[0]]) {
+      if (count == limit) break;
+      tokens[count++] = next;
+    }
   return count;
 }
 
@@ -377,41 +485,70 @@ void pack_chunk(const TensorView& x, const int64_t* tokens, int64_t count, const
     }
 }
 
-// Where block (i, j) of a square lies: blocks are contiguous, since rows a power of two apart would share cache sets.
-int64_t block_offset(int64_t i, int64_t j, int64_t tile) { return (i * (tile / panel_width) + j) * block_size; }
-
-// Adds the accumulated square to the lower triangle of cov.
+// What the tasks of a call share.
 template <class Acc>
-void flush_square(const Acc* square, int64_t tile, int64_t row, int64_t column, int64_t d, Acc* cov) {
-  for (int64_t r = row; r < std::min(d, row + tile); ++r) {
-    const int64_t end = std::min(r + 1, column + tile);
-    for (int64_t c = column; c < end; c += panel_width) {
-      const Acc* from = square + block_offset((r - row) / panel_width, (c - column) / panel_width, tile) +
-                        (r - row) % panel_width * panel_width;
-      Acc* to = cov + r * d + c;
-      const int64_t n = std::min(panel_width, end - c);
-      for (int64_t k = 0; k < n; ++k) to[k] += from[k];
-    }
+struct Task {
+  Layout layout;
+  Block<Acc> block;
+  Mirror<Acc> mirror;
+  const char* packed;
+  int64_t steps, tile, d;
+  Acc* cov;
+  bool last;  // chunk
+
+  int64_t panels() const { return ceil_div(d, panel_width); }
+  int64_t panel_bytes() const { return panel_width * layout.word_bytes * layout.steps_per_slice; }
+  int64_t slice_bytes() const { return panel_bytes() * panels(); }
+};
+
+// Adds a block of sums to the lower triangle of cov, at (row, column), and with the last chunk mirrors what comes out.
+template <class Acc>
+void flush_block(const Task<Acc>& task, Acc* block, int64_t row, int64_t column) {
+  const int64_t d = task.d, rows = std::min(panel_width, d - row), columns = std::min(panel_width, d - column);
+  const bool diagonal = row == column;
+  for (int64_t r = 0; r < rows; ++r) {
+    Acc* from = block + r * panel_width;
+    Acc* to = task.cov + (row + r) * d + column;
+    const int64_t n = diagonal ? r + 1 : columns;
+    for (int64_t c = 0; c < n; ++c) from[c] = to[c] += from[c];
   }
+  if (!task.last) return;
+  if (!diagonal) return task.mirror(block, rows, columns, task.cov + column * d + row, d);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < r; ++c) task.cov[(column + c) * d + row + r] = block[r * panel_width + c];
 }
 
-// One task: the square of cov at (row, column), over all packed steps.
+// One task: the square of cov at (row, column), given as panels, over all packed steps.
 template <class Acc>
-void multiply_square(const char* packed, int64_t steps, const Layout& layout, Block<Acc> block, int64_t tile,
-                     int64_t row, int64_t column, int64_t d, Acc* square, Acc* cov) {
-  const int64_t panel_bytes = panel_width * layout.word_bytes * layout.steps_per_slice;
-  const int64_t panels = ceil_div(d, panel_width), slice_bytes = panel_bytes * panels;
-  const int64_t row_end = std::min(panels, (row + tile) / panel_width);
-  const int64_t column_end = std::min(panels, (column + tile) / panel_width);
-  std::fill(square, square + tile * tile, Acc(0));
-  for (int64_t done = 0; done < steps; done += layout.steps_per_slice, packed += slice_bytes) {
-    const int64_t now = std::min(layout.steps_per_slice, steps - done);
-    for (int64_t j = column / panel_width; j < column_end; ++j)
-      for (int64_t i = std::max(j, row / panel_width); i < row_end; ++i)
-        block(packed + i * panel_bytes, packed + j * panel_bytes, now,
-              square + block_offset(i - row / panel_width, j - column / panel_width, tile));
+void multiply_square(const Task<Acc>& task, int64_t row, int64_t column, Acc* square) {
+  const int64_t side = task.tile / panel_width, panel_bytes = task.panel_bytes();
+  const int64_t row_end = std::min(task.panels(), row + side), column_end = std::min(task.panels(), column + side);
+  auto block_at = [&](int64_t i, int64_t j) { return square + ((i - row) * side + j - column) * block_size; };
+  // The panels of the next slice, in parts: first those of the rows, then those of the columns if they are others.
+  constexpr int64_t part = ahead_per_block * 128;
+  const int64_t row_parts = (row_end - row) * panel_bytes / part;
+  const int64_t column_parts = row == column ? 0 : (column_end - column) * panel_bytes / part;
+  auto ahead_of = [&](const char* next, int64_t n) -> Ahead {
+    if (n < row_parts) return {next + row * panel_bytes + n * part, 128};
+    if (n - row_parts < column_parts) return {next + column * panel_bytes + (n - row_parts) * part, 128};
+    return {next, 0};
+  };
+  const char* slice = task.packed;
+  for (int64_t done = 0; done < task.steps; done += task.layout.steps_per_slice, slice += task.slice_bytes()) {
+    const int64_t now = std::min(task.layout.steps_per_slice, task.steps - done);
+    const bool last = done + now == task.steps;
+    int64_t n = 0;
+    for (int64_t j = column; j < column_end; ++j)
+      for (int64_t i = std::max(j, row); i < row_end; ++i, ++n) {
+        const Ahead cov = {reinterpret_cast<const char*>(task.cov + i * panel_width * task.d + j * panel_width),
+                           task.d * int64_t(sizeof(Acc))};
+        task.block(slice + i * panel_bytes, slice + j * panel_bytes, now, block_at(i, j), done == 0,
+                   last ? cov : ahead_of(slice + task.slice_bytes(), n));
+      }
   }
-  flush_square(square, tile, row, column, d, cov);
+  for (int64_t i = row; i < row_end; ++i)
+    for (int64_t j = column; j < std::min(i + 1, column_end); ++j)
+      flush_block(task, block_at(i, j), i * panel_width, j * panel_width);
 }
 
 // Row and column of the k-th square of the lower triangle, row by row.
@@ -421,41 +558,21 @@ void triangle_position(int64_t k, int64_t& row, int64_t& column) {
   column = k - row * (row + 1) / 2;
 }
 
-// Copies the lower triangle onto the upper one. Squares are transposed in a small buffer, so that cov is read and
-// written in runs: its rows, too, may share cache sets.
-template <class Acc>
-void mirror(Acc* cov, int64_t d, int threads) {
-  constexpr int64_t side = 128;
-  const int64_t n = ceil_div(d, side);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t k = 0; k < n * (n + 1) / 2; ++k) {
-    Acc buffer[side][side + 1];
-    int64_t i, j;  // reads the square (i, j), writes (j, i)
-    triangle_position(k, i, j);
-    const int64_t rows = std::min(side, d - i * side), columns = std::min(side, d - j * side);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) buffer[c][r] = cov[(i * side + r) * d + j * side + c];
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t r = i == j ? c + 1 : 0; r < rows; ++r) cov[(j * side + c) * d + i * side + r] = buffer[c][r];
-  }
-}
-
 template <class Acc>
 void covariance_as(const CovariancePlan& plan, const TensorView& cov, const TensorView& x, const TensorView* mask,
                    char* workspace) {
   const int64_t d = x.shape[1], tile = plan.tile, side = ceil_div(d, tile), tasks = side * (side + 1) / 2;
   const Layout layout = layout_of(x.dtype, plan.isa);
-  const Block<Acc> block = block_of<Acc>(x.dtype, plan.isa);
   const PackStep pack = pack_of(x.dtype, plan.isa);
   Acc* squares = reinterpret_cast<Acc*>(workspace);
   char* packed = workspace + plan.threads * tile * tile * int64_t(sizeof(Acc));
-  Acc* out = static_cast<Acc*>(cov.data);
+  Task<Acc> task = {layout, block_of<Acc>(x.dtype, plan.isa), mirror_of<Acc>(plan.isa), packed, 0, tile, d,
+                    static_cast<Acc*>(cov.data), false};
   int64_t tokens[max_chunk_tokens], next = 0;
-  bool touched = false;
   while (const int64_t count = select_tokens(x, mask, plan.chunk_tokens, next, tokens)) {
-    touched = true;
     pack_chunk(x, tokens, count, layout, pack, packed, plan.threads);
-    const int64_t steps = ceil_div(count, layout.tokens_per_step);
+    task.steps = ceil_div(count, layout.tokens_per_step);
+    task.last = next == x.shape[0];
 #pragma omp parallel for schedule(dynamic, 1) num_threads(plan.threads)
     for (int64_t k = 0; k < tasks; ++k) {
 #if defined(_OPENMP)
@@ -465,11 +582,9 @@ void covariance_as(const CovariancePlan& plan, const TensorView& cov, const Tens
 #endif
       int64_t row, column;
       triangle_position(k, row, column);
-      multiply_square(packed, steps, layout, block, tile, row * tile, column * tile, d, squares + thread * tile * tile,
-                      out);
+      multiply_square(task, row * tile / panel_width, column * tile / panel_width, squares + thread * tile * tile);
     }
   }
-  if (touched) mirror(out, d, plan.threads);
 }
 
 }  // namespace
@@ -508,6 +623,43 @@ void covariance(const CovariancePlan& plan, const TensorView& cov, const TensorV
     covariance_as<double>(plan, cov, x, mask, static_cast<char*>(workspace));
   else
     covariance_as<float>(plan, cov, x, mask, static_cast<char*>(workspace));
+}
+
+void covariance_layers(const std::vector<CovarianceLayer>& layers, int threads,
+                       const std::function<void*(size_t bytes)>& allocate) {
+  auto run = [](const CovariancePlan& plan, const CovarianceLayer& layer, void* workspace) {
+    covariance(plan, layer.cov, layer.x, layer.has_mask ? &layer.mask : nullptr, workspace);
+  };
+  std::vector<CovariancePlan> plans;
+  std::vector<int64_t> narrow;
+  size_t bytes = 0, narrow_bytes = 0;
+  for (const CovarianceLayer& layer : layers) {
+    plans.push_back(plan_covariance(layer.cov, layer.x, layer.isa, threads));
+    const CovariancePlan alone = plan_covariance(layer.cov, layer.x, layer.isa, 1);
+    if (plans.back().tile < alone.tile || plans.back().threads == 1) {
+      narrow.push_back(int64_t(plans.size()) - 1);
+      narrow_bytes = std::max(narrow_bytes, alone.workspace_bytes);
+    }
+    bytes = std::max(bytes, plans.back().workspace_bytes);
+  }
+  if (int64_t(narrow.size()) < 4 * threads) narrow.clear();  // too few to share out evenly
+  narrow_bytes = ceil_div(int64_t(narrow_bytes), 4096) * 4096;
+  char* workspace = static_cast<char*>(allocate(std::max(bytes, narrow.empty() ? 0 : threads * narrow_bytes)));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (!narrow.empty())
+  for (size_t k = 0; k < narrow.size(); ++k) {
+#if defined(_OPENMP)
+    const size_t thread = size_t(omp_get_thread_num());
+#else
+    const size_t thread = 0;
+#endif
+    const CovarianceLayer& layer = layers[size_t(narrow[k])];
+    run(plan_covariance(layer.cov, layer.x, layer.isa, 1), layer, workspace + thread * narrow_bytes);
+  }
+  for (size_t i = 0, k = 0; i < layers.size(); ++i)
+    if (k < narrow.size() && narrow[k] == int64_t(i))
+      ++k;
+    else
+      run(plans[i], layers[i], workspace);
 }
 
 }  // namespace fastedit::cpu

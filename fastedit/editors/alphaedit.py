@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from ..ops import Projector, RidgeSolver
 from .base import register_editor
 from .locate_then_edit import LayerMeasurement, LocateParams, LocateThenEdit
-from .sequential import SequentialSolver
+from .sequential import InStep
 
 logger = logging.getLogger(__name__)
 
@@ -35,79 +36,55 @@ class AlphaEditParams(LocateParams):
     ridge: float = 10.0
 
 
-class NullSpace:
-    """The projector P on the directions that a layer hardly uses, as the thinner of two factors.
-
-    P = U Uᵀ with an orthonormal basis U of those directions, or I − V Vᵀ with one of the others.
+def null_space(second_moment: Tensor, threshold: float | None, layer: int) -> Projector:
+    """P on the directions in which C has an eigenvalue below ``threshold``.
 
     Args:
-        vectors: (d, d), orthonormal columns; the null space is spanned by the first ``rank``.
-        rank: its dimension.
+        second_moment: (d, d) C, symmetric.
+        threshold: τ; None for the default of :class:`AlphaEditParams`.
+        layer: named in messages.
+
+    Raises:
+        NumericalError: C is not finite, or no direction is below the threshold.
     """
-
-    def __init__(self, vectors: Tensor, rank: int) -> None:
-        self.rank = rank
-        self.complement = rank > vectors.shape[1] // 2
-        self.basis = (vectors[:, rank:] if self.complement else vectors[:, :rank]).double().contiguous()
-
-    @classmethod
-    def of_statistics(cls, second_moment: Tensor, threshold: float | None, layer: int) -> NullSpace:
-        """The directions in which C (d, d) has an eigenvalue below ``threshold``.
-
-        Args:
-            second_moment: C, symmetric.
-            threshold: τ; None for the default of :class:`AlphaEditParams`.
-            layer: named in messages.
-
-        Raises:
-            NumericalError: C is not finite, or no direction is below the threshold.
-        """
-        values, vectors = torch.linalg.eigh(_symmetric(second_moment, f"the statistics of layer {layer}"))
-        if threshold is None:
-            share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-            rank = int((share <= _NULL_SHARE).sum())
-        else:
-            rank = int((values < threshold).sum())
-        d = len(values)
-        if rank == 0:
-            raise NumericalError(
-                f"layer {layer} has no direction below the null-space threshold {threshold}; its eigenvalues are "
-                f"{float(values[0]):.3g} to {float(values[-1]):.3g}: raise null_threshold"
-            )
-        if d - rank < _ALMOST_NOTHING * d:
-            logger.warning(
-                "the null space of layer %s has %d of %d directions: its projector removes almost nothing, and "
-                "AlphaEdit is then ridge regression that preserves earlier edits; lower null_threshold",
-                layer,
-                rank,
-                d,
-            )
-        return cls(vectors, rank)
-
-    @classmethod
-    def of_projector(cls, projector: Tensor, layer: int) -> NullSpace:
-        """From P (d, d) itself, as other programs store it.
-
-        Raises:
-            NumericalError: it is no orthogonal projector.
-        """
-        values, vectors = torch.linalg.eigh(_symmetric(projector, f"the projector of layer {layer}"))
-        if bool((torch.minimum(values.abs(), (values - 1).abs()) > 1e-3).any()):
-            raise NumericalError(f"the projector of layer {layer} has eigenvalues other than 0 and 1")
-        return cls(vectors.flip(1), int((values > 0.5).sum()))
-
-    def project(self, keys: Tensor) -> Tensor:
-        """P K, fp64, for K (d, n)."""
-        keys = keys.double()
-        inside = self.basis @ (self.basis.T @ keys)
-        return keys - inside if self.complement else inside
+    if not bool(second_moment.isfinite().all()):
+        raise NumericalError(f"the statistics of layer {layer} are not finite: collect them again")
+    if threshold is None:
+        values = torch.linalg.eigvalsh(second_moment.double()).clamp(min=0)
+        held = int((values.cumsum(0) <= _NULL_SHARE * values.sum()).sum())
+        threshold = float(values[min(held, len(values) - 1)])
+    projector = Projector.from_second_moment(second_moment, threshold)
+    d, kept = len(second_moment), projector.dimension
+    if kept == 0:
+        largest = float(second_moment.diagonal().max())
+        raise NumericalError(
+            f"layer {layer} has no direction with an eigenvalue below null_threshold {threshold:.3g} (its largest "
+            f"diagonal entry is {largest:.3g}): raise null_threshold"
+        )
+    if d - kept < _ALMOST_NOTHING * d:
+        logger.warning(
+            "the null space of layer %s has %d of %d directions: its projector removes almost nothing, and "
+            "AlphaEdit is then ridge regression that preserves earlier edits; lower null_threshold",
+            layer,
+            kept,
+            d,
+        )
+    return projector
 
 
-def _symmetric(matrix: Tensor, name: str) -> Tensor:
-    matrix = matrix.double()
-    if not bool(matrix.isfinite().all()):
-        raise NumericalError(f"{name}: all values must be finite")
-    return (matrix + matrix.T) / 2
+def stored_projector(matrix: Tensor, layer: int) -> Projector:
+    """P from the (d, d) matrix that other programs store.
+
+    Raises:
+        NumericalError: it is no orthogonal projector.
+    """
+    values, vectors = torch.linalg.eigh((matrix.double() + matrix.double().T) / 2)
+    if not bool((torch.minimum(values.abs(), (values - 1).abs()) < 1e-3).all()):
+        raise NumericalError(f"the projector of layer {layer} has eigenvalues other than 0 and 1")
+    removed = int((values < 0.5).sum())
+    if removed < len(values) - removed:
+        return Projector(vectors[:, :removed].contiguous(), removed=True)
+    return Projector(vectors[:, removed:].contiguous(), removed=False)
 
 
 @register_editor("alphaedit")
@@ -124,7 +101,7 @@ class AlphaEdit(LocateThenEdit):
     def __init__(self, *args: Any, null_spaces: Mapping[int, Tensor] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self._given = null_spaces
-        self._solvers: dict[int, SequentialSolver] = {}
+        self._solvers: dict[int, tuple[RidgeSolver, InStep]] = {}
 
     def prepare(self) -> None:
         """Make the projectors, at first use."""
@@ -136,14 +113,15 @@ class AlphaEdit(LocateThenEdit):
             projection = self.description.projection(layer)
             place = projection.weight.device
             if self._given is not None:
-                space = NullSpace.of_projector(self._given[layer].to(place), layer)
+                projector = stored_projector(self._given[layer].to(place), layer)
             else:
-                space = NullSpace.of_statistics(moments[layer].to(place), self.params.null_threshold, layer)
-            solvers[layer] = SequentialSolver(projection.d_in, self.params.ridge, space.project)
+                projector = null_space(moments[layer].to(place), self.params.null_threshold, layer)
+            solver = RidgeSolver(projection.d_in, self.params.ridge, projector=projector)
+            solvers[layer] = solver, InStep(solver)
         self._solvers = solvers
 
     def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
-        """R S⁻¹ and Y."""
-        return self._solvers[measured.layer].solve(
-            measured.keys, measured.residual, self.history, measured.layer
-        )
+        """R and X."""
+        solver, in_step = self._solvers[measured.layer]
+        in_step.follow(self.history, measured.layer)
+        return measured.residual, solver.solve(measured.keys)

@@ -23,11 +23,11 @@ from ..facts import Fact, validate_facts
 from ..models.describe import ModelDescription
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
+from ..ops import CovarianceFactor
 from .base import Editor
 from .history import KeyHistory
 from .prompts import FactRows, fact_rows
 from .restraint import anchor_norm, rect, reference_norm
-from .solve import CovarianceFactor
 from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..ops import CovarianceFactor
 from .base import register_editor
 from .locate_then_edit import LayerMeasurement
 from .memit import Memit
-from .sequential import SequentialSolver
+from .sequential import InStep
 
 
 @register_editor("memit-cache")
@@ -17,20 +20,16 @@ class MemitCache(Memit):
     params_file = "memit"
     remembers = True
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._solvers: dict[int, SequentialSolver] = {}
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._in_step: dict[int, InStep] = {}
 
-    def solver(self, layer: int) -> SequentialSolver:
-        """The layer's solver; its features are whitened keys L⁻¹K with λC = L Lᵀ."""
-        if layer not in self._solvers:
-            d_in = self.description.projection(layer).d_in
-            self._solvers[layer] = SequentialSolver(d_in, 1.0, self.factor(layer).whiten)
-        return self._solvers[layer]
+    def current(self, layer: int) -> CovarianceFactor:
+        """The layer's factor of λC + C_p."""
+        factor = self.factor(layer)
+        self._in_step.setdefault(layer, InStep(factor)).follow(self.history, layer)
+        return factor
 
     def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
-        """R S⁻¹ and L⁻ᵀY."""
-        left, right = self.solver(measured.layer).solve(
-            measured.keys, measured.residual, self.history, measured.layer
-        )
-        return left, self.factor(measured.layer).unwhiten(right)
+        """R and X."""
+        return measured.residual, self.current(measured.layer).regularised(measured.keys)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ..artefacts import stack_of
 from ..artefacts.weights import uninterrupted
-from ..errors import NumericalError
 from ..facts import Fact, validate_facts
 from ..models.describe import Projection
 from ..models.runner import frozen
-from ..ops import gather_square, neuron_select
+from ..ops import neuron_select
 from .base import register_editor
 from .locate_then_edit import Factors, LayerMeasurement
 from .memit import MemitParams
@@ -106,11 +105,8 @@ class Nse(MemitCache):
             return super().targets(facts, rows)
 
     def prepare(self) -> None:
-        """Factors of the statistics, if all neurons are edited, and the original weights."""
-        if self.params.mass >= 1:
-            super().prepare()
-        else:
-            self._moments = self._second_moments()
+        """Factors of the statistics, and the original weights."""
+        super().prepare()
         self._keep_originals()
 
     def _keep_originals(self) -> None:
@@ -236,10 +232,8 @@ class Nse(MemitCache):
         if self.params.mass >= 1:
             return super().solve(measured)
         neurons = self.neurons(measured.keys)
-        keys = measured.keys[neurons].double()
-        system = self._system(measured.layer, neurons, keys)
         right = torch.zeros_like(measured.keys, dtype=torch.float64)
-        right[neurons] = system
+        right[neurons] = self.current(measured.layer).restricted(measured.keys, neurons)
         return measured.residual, right
 
     def neurons(self, keys: Tensor) -> Tensor:
@@ -248,22 +242,3 @@ class Nse(MemitCache):
         scores = keys.abs().sum(1, dtype=torch.float64)
         _, indices, counts = neuron_select(scores[None], self.params.mass, rule=rule)
         return indices[0, : int(counts[0])]
-
-    def _system(self, layer: int, neurons: Tensor, keys: Tensor) -> Tensor:
-        """X (s, n) with (λC + C_p + K Kᵀ)_SS X = K_S, by a Cholesky factor of (λC + C_p)_SS."""
-        moment = self._moments[layer].to(keys.device)
-        matrix = gather_square(moment, neurons).double().mul_(self.params.covariance_weight)
-        past = self.history.keys(layer)
-        if past is not None:
-            chosen = past[neurons].double()
-            matrix.addmm_(chosen, chosen.T)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) != 0:
-            raise NumericalError(
-                f"layer {layer}: the statistics of the {len(neurons)} chosen neurons are not positive definite: "
-                "collect more tokens"
-            )
-        solved = torch.cholesky_solve(keys, factor)
-        small = keys.T @ solved
-        small.diagonal().add_(1.0)
-        return torch.linalg.solve(small.T, solved.T).T

@@ -23,6 +23,7 @@ from ..facts import Fact, validate_facts
 from ..models.describe import ModelDescription
 from ..models.runner import frozen
 from ..models.tokens import pad_batch
+from ..ops import ridge_factors
 from ..progress import progress
 from .base import Editor, register_editor
 from .prompts import FactRows, fact_rows
@@ -267,14 +268,7 @@ class UltraEdit(Editor):
         rows = self._normaliser(name).normalise(torch.cat((inputs, gradients), 1))
         usual_inputs, usual_gradients = rows.split([inputs.shape[1], gradients.shape[1]], 1)
         wanted = -self.params.lr * usual_inputs.square().sum(1, keepdim=True) * usual_gradients
-        H = inputs.double()
-        system = H @ H.T
-        system.diagonal().add_(self.params.ridge)
-        factor, info = torch.linalg.cholesky_ex(system)
-        if int(info) != 0:
-            raise NumericalError(f"{name}: the system of this batch's {len(H)} answer tokens is singular")
-        left = torch.cholesky_solve(wanted.double(), factor).T
-        return LowRank(left.float(), inputs.T)
+        return LowRank(*(factor.float() for factor in ridge_factors(inputs, wanted, self.params.ridge)))
 
 
 def _places(description: ModelDescription, modules: Mapping[str, Sequence[int]]) -> dict[str, nn.Module]:

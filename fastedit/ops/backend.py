@@ -191,7 +191,7 @@ def check(name: str, *args: Any) -> None:
     args = _complete(op, args, {})
     if op.check is not None:
         op.check(*args)
-    if not torch.compiler.is_compiling():  # needs addresses; the op itself looks again when it runs
+    if op.written and not torch.compiler.is_compiling():  # needs addresses; the op looks again when it runs
         _refuse_overlap(op, args)
 
 
@@ -265,40 +265,44 @@ def _complete(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     return (*args, *(kwargs.get(name, default) for name, default in rest))
 
 
-def _tensors(args: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+def _tensors(args: Sequence[Any]) -> list[tuple[int, Tensor]]:
+    """The tensors among the arguments, lists opened, each with the number of its argument."""
+    found: list[tuple[int, Tensor]] = []
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
-            yield i, arg
+            found.append((i, arg))
         elif isinstance(arg, (list, tuple)):
-            yield from ((i, item) for item in arg if isinstance(item, Tensor))
+            found.extend((i, item) for item in arg if isinstance(item, Tensor))
+    return found
 
 
 def _refuse_overlap(op: Op, args: Sequence[Any]) -> None:
-    if op.written:
-        named = {}
-        written = {}
-        for k, (i, tensor) in enumerate(_tensors(args)):
-            name = op.arguments[i] if args[i] is tensor else f"{op.arguments[i]}[{k}]"
-            named[name] = tensor
-            if i in op.written:
-                written[name] = tensor
-        _check.no_overlap(op.name, written, named)
+    written: list[tuple[str, Tensor]] = []
+    read: list[tuple[str, Tensor]] = []
+    for i, arg in enumerate(args):
+        into = written if i in op.written else read
+        if isinstance(arg, Tensor):
+            into.append((op.arguments[i], arg))
+        elif isinstance(arg, (list, tuple)):
+            into.extend((f"{op.arguments[i]}[{k}]", t) for k, t in enumerate(arg) if isinstance(t, Tensor))
+    _check.no_overlap(op.name, written, read)
 
 
 def _run(op: Op, args: tuple[Any, ...]) -> Any:
     if op.check is not None:
         op.check(*args)
-    _refuse_overlap(op, args)
-    provider = _select(op, [t for _, t in _tensors(args)])
+    if op.written:
+        _refuse_overlap(op, args)
+    tensors = _tensors(args)
+    provider = _select(op, [t for _, t in tensors])
     op.last = provider.backend
-    if torch.is_autocast_enabled(args[0].device.type if isinstance(args[0], Tensor) else "cpu"):
-        with torch.autocast(
-            args[0].device.type, enabled=False
-        ):  # it would lower the precision of our products
+    device = tensors[0][1].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # it would lower the precision of our products
             result = provider.fn(*args)
     else:
         result = provider.fn(*args)
-    for i, tensor in _tensors(args):
+    for i, tensor in tensors:
         if i in op.written and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
     return result

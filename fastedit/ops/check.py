@@ -103,29 +103,42 @@ def choice(op: str, allowed: Sequence[str], **values: str) -> None:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and one past the last byte that the tensor's elements occupy."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.numel() * tensor.element_size()
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def no_overlap(op: str, written: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """Raise ValueError if a written tensor overlaps itself or another argument in memory.
+def no_overlap(op: str, written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if a written tensor overlaps itself, another written one or a read one in memory.
 
     Two views whose ranges of bytes cross are refused even if no element is shared.
     """
-    for name, tensor in written.items():
-        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta" or tensor.numel() == 0:
+    spans: list[tuple[int, int, int, str, bool]] = []
+    for name, tensor in written:
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             continue
-        if torch._debug_has_internal_overlap(tensor) == 1:
+        if torch._debug_has_internal_overlap(tensor) == 1 and tensor.numel():
             raise ValueError(
                 f"{op}: {name} is written, but several of its elements share one place in memory "
                 f"(strides {tensor.stride()}): pass a clone"
             )
-        start, end = _extent(tensor)
-        for other, read in others.items():
-            if other == name or read.numel() == 0 or read.device != tensor.device:
-                continue
-            low, high = _extent(read)
-            if low < end and start < high:
-                raise ValueError(
-                    f"{op}: {name} is written and must not share memory with {other}: pass a clone"
-                )
+        if tensor.numel():
+            spans.append((tensor.get_device(), *_extent(tensor), name, True))
+    if not spans:
+        return
+    spans.extend((t.get_device(), *_extent(t), name, False) for name, t in read if t.numel())
+    spans.sort()
+    place, any_end, any_name, written_end, written_name = None, 0, "", 0, ""
+    for device, start, end, name, is_written in spans:
+        if device != place:
+            place, any_end, written_end = device, 0, 0
+        if start < (any_end if is_written else written_end):
+            first, second = (name, any_name) if is_written else (written_name, name)
+            raise ValueError(
+                f"{op}: {first} is written and must not share memory with {second}: pass a clone"
+            )
+        if end > any_end:
+            any_end, any_name = end, name
+        if is_written and end > written_end:
+            written_end, written_name = end, name

@@ -1,23 +1,23 @@
-"""Low-rank updates of a weight in place, W += α A Bᵀ, and the thin dual solve that yields A and B.
+"""Low-rank updates of a weight in place, W += α A Bᵀ, in one pass over the weight.
 
-Sources: Meng et al. 2022 (MEMIT), eq. 14, Δ = R Kᵀ (C + K Kᵀ)⁻¹; Fang et al. 2025 (AlphaEdit), eq. 14. Both
-have rank n for n facts; Woodbury's identity turns their d × d systems into n × n ones (:class:`DualSolver`).
+An edit of n facts has rank n: Meng et al. 2022 (MEMIT), eq. 14, Δ = R Kᵀ (C + K Kᵀ)⁻¹; Fang et al. 2025 (AlphaEdit),
+eq. 14. The solves that give A and B are in :mod:`fastedit.ops.solve`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
 from . import backend, check
 from .philox import round_stochastically, runs_of_words, words
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
 _ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -30,6 +30,8 @@ def _check(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     op = "low_rank_update_"
     check.matrix(op, weight=weight, left=left, right=right)
@@ -45,13 +47,20 @@ def _check(
         check.dtype(op, (torch.float32, torch.float64), out_norm=out_norm)
         if out_norm.numel() != 1:
             raise ValueError(f"{op}: out_norm must have one element, got shape {tuple(out_norm.shape)}")
-    check.same_device(op, weight=weight, left=left, right=right, out_norm=out_norm)
+    if residual is not None:
+        check.dtype(op, _ROUNDED_DTYPES, **{"weight, where a residual is asked for,": weight})
+        check.dtype(op, (torch.float32,), residual=residual)
+        check.shape(op, weight.shape, "like weight as stored", residual=residual)
+    elif carry:
+        raise ValueError(f"{op}: carry needs the residual of earlier updates, got none")
+    check.same_device(op, weight=weight, left=left, right=right, out_norm=out_norm, residual=residual)
 
 
 backend.define(
     "low_rank_update_",
     "(Tensor(a!) weight, Tensor left, Tensor right, float alpha=1.0, bool transposed=False, "
-    "str rounding='nearest', int seed=0, Tensor(b!)? out_norm=None) -> ()",
+    "str rounding='nearest', int seed=0, Tensor(b!)? out_norm=None, Tensor(c!)? residual=None, "
+    "bool carry=False) -> ()",
     check=_check,
 )
 
@@ -66,6 +75,8 @@ def low_rank_update_(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | Sequence[Tensor] | None = None,
+    residual: Tensor | Sequence[Tensor] | None = None,
+    carry: bool = False,
 ) -> None:
     """Add a low-rank matrix to a weight in one pass: weight += alpha · left rightᵀ.
 
@@ -85,6 +96,11 @@ def low_rank_update_(
             Weight i of a list uses ``seed + i``.
         out_norm: one element, float32 or float64; receives ‖alpha · left rightᵀ‖, the Frobenius norm before
             rounding. A list if ``weight`` is one.
+        residual: float32, of the shape in which ``weight``, bfloat16 or float16, is stored; receives what
+            rounding took away, the float32 result minus the stored weight; 0 where the stored weight is not
+            finite. A list if ``weight`` is one.
+        carry: add what ``residual`` holds before rounding: weight + residual then follows the sum of all
+            updates in float32, however small each is next to the weight.
 
     Raises:
         ValueError: shapes, devices or values that do not fit, ``weight`` sharing memory with another
@@ -97,29 +113,36 @@ def low_rank_update_(
     """
     op = "low_rank_update_"
     if isinstance(weight, Tensor):
-        check.is_tensor(op, left=left, right=right)
-        if out_norm is not None:
-            check.is_tensor(op, out_norm=out_norm)
-        backend.call(op, weight, left, right, float(alpha), transposed, rounding, _signed(seed), out_norm)
+        given = {"out_norm": out_norm, "residual": residual}
+        check.is_tensor(op, left=left, right=right, **{k: v for k, v in given.items() if v is not None})
+        backend.call(
+            op,
+            weight,
+            left,
+            right,
+            float(alpha),
+            transposed,
+            rounding,
+            _signed(seed),
+            out_norm,
+            residual,
+            carry,
+        )
         return
-    if isinstance(left, Tensor) or isinstance(right, Tensor) or isinstance(out_norm, Tensor):
-        raise TypeError(f"{op}: left, right and out_norm must be lists of tensors like weight, got a tensor")
-    norms = [None] * len(weight) if out_norm is None else list(out_norm)
-    if not len(weight) == len(left) == len(right) == len(norms):
-        raise ValueError(
-            f"{op}: lists must have one length, got {len(weight)} weight, {len(left)} left, "
-            f"{len(right)} right and {len(norms)} out_norm"
-        )
-    calls = [
-        (w, a, b, float(alpha), transposed, rounding, _signed(seed + i), norm)
-        for i, (w, a, b, norm) in enumerate(zip(weight, left, right, norms, strict=True))
-    ]
-    for args in calls:
-        norm = args[-1]
-        check.is_tensor(
-            op, weight=args[0], left=args[1], right=args[2], **({} if norm is None else {"out_norm": norm})
-        )
-        backend.check(op, *args)
+    lists = {"left": left, "right": right, "out_norm": out_norm, "residual": residual}
+    for name, items in lists.items():
+        if isinstance(items, Tensor):
+            raise TypeError(f"{op}: {name} must be a list of tensors like weight, got a tensor")
+    full = {name: [None] * len(weight) if items is None else items for name, items in lists.items()}
+    if any(len(items) != len(weight) for items in full.values()):
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in full.items())
+        raise ValueError(f"{op}: lists must have one length, got {len(weight)} weight, {lengths}")
+    calls = []
+    for i, (w, a, b, norm, rest) in enumerate(zip(weight, *full.values(), strict=True)):
+        given = {"out_norm": norm, "residual": rest}
+        check.is_tensor(op, weight=w, left=a, right=b, **{k: v for k, v in given.items() if v is not None})
+        calls.append((w, a, b, float(alpha), transposed, rounding, _signed(seed + i), norm, rest, carry))
+        backend.check(op, *calls[-1])
     for args in calls:
         backend.call(op, *args)
 
@@ -142,16 +165,25 @@ def low_rank_update_reference(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     """The same in plain torch, computed in float64; what every backend is tested against."""
     delta = alpha * (left.double() @ right.double().T)
-    target = (weight.T if transposed else weight).double() + delta
+    start = weight.double()
+    if carry and residual is not None:
+        start = start + residual
+    target = (start.T if transposed else start) + delta
+    rounded = target
     if rounding == "stochastic" and weight.dtype != torch.float64:
         random = words(0, target.numel(), seed, target.device).reshape(target.shape)
-        target = round_stochastically(target.float(), random, weight.dtype)
-    weight.copy_(target.T if transposed else target)
+        rounded = round_stochastically(target.float(), random, weight.dtype)
+    weight.copy_(rounded.T if transposed else rounded)
     if out_norm is not None:
         out_norm.fill_(delta.norm())
+    if residual is not None:
+        lost = (target.T if transposed else target) - weight
+        residual.copy_(lost.where(weight.isfinite(), 0.0))
 
 
 # ---- backends -------------------------------------------------------------------------------------------
@@ -179,6 +211,8 @@ def _low_rank_update_torch(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     """One fused product for a float32 weight; otherwise blocks of rows, whose float32 copy stays small."""
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -193,11 +227,17 @@ def _low_rank_update_torch(
         step = max(1, (1 << 22) // max(1, stored.shape[1]))
         for r in range(0, stored.shape[0], step):
             block = stored[r : r + step]
-            updated = block.to(work).addmm_(rows[r : r + step], columns.T, alpha=alpha)
+            updated = block.to(work)
+            if carry and residual is not None:
+                updated += residual[r : r + step]
+            updated.addmm_(rows[r : r + step], columns.T, alpha=alpha)
             if rounding == "stochastic":
                 random = _block_words(r, block.shape, stored.shape[0], transposed, seed, weight.device)
-                updated = round_stochastically(updated, random, stored.dtype)
-            block.copy_(updated)
+                block.copy_(round_stochastically(updated, random, stored.dtype))
+            else:
+                block.copy_(updated)
+            if residual is not None:
+                residual[r : r + step] = (updated - block).where(block.isfinite(), 0.0)
 
 
 def _block_words(
@@ -220,27 +260,46 @@ def _low_rank_update_compiled(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     left, right = _factors(left, right, torch.float32)
     if not weight.numel():
         return _write_norm(out_norm, left, right, alpha)
-    into = weight.detach()
-    if into.stride(1) != 1 and into.shape[1] > 1:
-        if into.stride(0) == 1:  # the other orientation of a stored matrix
-            into, transposed = into.T, not transposed
-        else:
-            check.once(
-                logging.WARNING,
-                "low_rank_update_: no dimension of weight is contiguous: copied there and back",
-            )
-            into = into.contiguous()
+    into, lost = weight.detach(), None if residual is None else residual.detach()
+    if into.stride(1) != 1 and into.shape[1] > 1 and into.stride(0) == 1:
+        # the other orientation of a stored matrix
+        into, lost, transposed = into.T, None if lost is None else lost.T, not transposed
     module = backend.extension()
+    used, used_lost = _unit_stride(into, "weight"), None if lost is None else _unit_stride(lost, "residual")
     module.low_rank_update(  # type: ignore[union-attr]
-        into, left, right, alpha, transposed, rounding == "stochastic", seed & 0xFFFFFFFFFFFFFFFF, out_norm
+        used,
+        left,
+        right,
+        alpha,
+        transposed,
+        rounding == "stochastic",
+        seed & 0xFFFFFFFFFFFFFFFF,
+        out_norm,
+        used_lost,
+        carry,
     )
-    if into.data_ptr() != weight.data_ptr():
-        weight.detach().copy_(into)
+    if used is not into:
+        into.copy_(used)
+    if lost is not None and used_lost is not lost:
+        lost.copy_(used_lost)
     return None
+
+
+def _unit_stride(matrix: Tensor, name: str) -> Tensor:
+    """The matrix, or a copy of it (said once) if the elements of a row are not adjacent."""
+    if matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix
+    check.once(
+        logging.WARNING,
+        f"low_rank_update_: rows of {name} are not contiguous (strides {matrix.stride()}): copied there and back",
+    )
+    return matrix.contiguous()
 
 
 def _low_rank_update_triton(
@@ -252,12 +311,16 @@ def _low_rank_update_triton(
     rounding: str = "nearest",
     seed: int = 0,
     out_norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    carry: bool = False,
 ) -> None:
     from ..kernels.low_rank import low_rank_update_triton
 
     left, right = _factors(left, right, torch.float32)
     _write_norm(out_norm, left, right, alpha)
-    low_rank_update_triton(weight.detach(), left, right, alpha, transposed, rounding == "stochastic", seed)
+    low_rank_update_triton(
+        weight.detach(), left, right, alpha, transposed, rounding == "stochastic", seed, residual, carry
+    )
 
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -285,249 +348,3 @@ backend.provide(
     speed=3.0,
 )
 backend.provide("low_rank_update_", "torch", _low_rank_update_torch)
-
-
-# ---- the dual solve -------------------------------------------------------------------------------------
-
-
-class DualSolver:
-    """Solves (εI + G Gᵀ + F Fᵀ) X = F through systems of the size of F and G's columns.
-
-    G (d, r) are the features of earlier batches, F (d, n) those of the next one; nothing of size d × d
-    exists. Kept are G and L, the lower Cholesky factor of εI + GᵀG. With Q = L⁻¹GᵀF,
-
-    - S = εI + FᵀF − QᵀQ (n, n),
-    - Y = F − G L⁻ᵀQ (d, n),
-    - X = (εI + G Gᵀ + F Fᵀ)⁻¹F = Y S⁻¹,
-
-    by Woodbury's identity for εI + G Gᵀ and the push-through identity for F Fᵀ. So the update of an editor
-    with residuals R (d_out, n) is Δ = R Xᵀ = (R S⁻¹) Yᵀ: ``left = solver.divide(R, factor)``, ``right = Y``.
-
-    Cost of a batch: 4drn + 2dn² + r²n floating-point operations. Gram matrices, factors and results are
-    float64 whatever the dtype of the stored features.
-
-    Args:
-        d: the number of rows of features.
-        ridge: ε > 0.
-        dtype: of the stored features, float64 or float32; in float32, half the memory, the features count as
-            rounded and results are good to about 1e-4 where εI + GᵀG is well conditioned.
-        device: where features are kept; None: where the first batch is.
-
-    >>> solver = DualSolver(8, ridge=1.0)
-    >>> F = torch.eye(8)[:, :2]
-    >>> Y, factor = solver.solve(F)
-    >>> torch.allclose(Y @ torch.cholesky_inverse(factor), F.double() / 2)
-    True
-    >>> solver.append(F)
-    >>> solver.rank
-    2
-    """
-
-    def __init__(
-        self,
-        d: int,
-        ridge: float,
-        *,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if d < 1:
-            raise ValueError(f"DualSolver: d must be at least 1, got {d}")
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise ValueError(
-                f"DualSolver: ridge must be positive and finite, got {ridge}: the dual is ill-posed without"
-            )
-        if dtype not in (torch.float64, torch.float32):
-            raise TypeError(f"DualSolver: dtype must be float64 or float32, got {check.name_of(dtype)}")
-        self.d = d
-        self.ridge = float(ridge)
-        self.dtype = dtype
-        self.rank = 0
-        self._device = None if device is None else torch.device(device)
-        self._features = torch.empty((0, d), dtype=dtype, device=device)  # Gᵀ, with room to grow
-        self._factor = torch.empty((0, 0), dtype=torch.float64, device=device)
-        self._solved: tuple[Tensor, int, Tensor, Tensor] | None = None
-
-    @property
-    def features(self) -> Tensor:
-        """G: (d, r), a view of what is stored."""
-        return self._features[: self.rank].T
-
-    @property
-    def factor(self) -> Tensor:
-        """L: (r, r), float64, the lower Cholesky factor of εI + GᵀG; a view of what is stored."""
-        return self._factor[: self.rank, : self.rank]
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where features are kept; None before the first batch if it was not given."""
-        return self._device
-
-    def solve(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Solve for one batch; nothing is stored.
-
-        Args:
-            features: F, (d, n), floating point.
-
-        Returns:
-            Y (d, n) and the lower Cholesky factor of S (n, n), both float64: X = Y S⁻¹.
-
-        Raises:
-            ValueError: a shape or device that does not fit, or features that are not finite.
-            TypeError: features that are not floating point.
-            fastedit.NumericalError: S is not positive definite in float64.
-        """
-        batch = self._take(features)
-        Q = self._project(batch)
-        S = batch.T @ batch - Q.T @ Q
-        S.diagonal().add_(self.ridge)
-        factor = self._cholesky(S)
-        self._solved = (features, features._version, Q, factor)
-        return self._complement(batch, Q), factor
-
-    def divide(self, residual: Tensor, factor: Tensor) -> Tensor:
-        """R S⁻¹: (d_out, n), float64, from R (d_out, n) and the factor that :meth:`solve` returned."""
-        check.matrix("DualSolver.divide", residual=residual, factor=factor)
-        check.last_dim("DualSolver.divide", factor.shape[0], "factor", residual=residual)
-        return torch.cholesky_solve(residual.to(torch.float64).T, factor).T
-
-    def append(self, features: Tensor) -> None:
-        """Store a batch: G ← [G F], L ← [[L, 0], [Qᵀ, chol S]]; reuses the latest solve of that tensor.
-
-        Raises:
-            ValueError, TypeError, fastedit.NumericalError: as :meth:`solve`; nothing is stored then.
-        """
-        solved = self._solved
-        if solved is None or solved[0] is not features or solved[1] != features._version:
-            self.solve(features)
-            solved = self._solved
-        assert solved is not None
-        _, _, Q, factor = solved
-        batch = self._take(features).to(self.dtype)
-        start, end = self.rank, self.rank + batch.shape[1]
-        self._reserve(end)
-        self._features[start:end] = batch.T
-        self._factor[:start, start:end] = 0
-        self._factor[start:end, :start] = Q.T
-        self._factor[start:end, start:end] = factor
-        self.rank = end
-        self._solved = None
-
-    def truncate(self, k: int) -> None:
-        """Keep the first ``k`` stored columns: what :meth:`append` did after them is undone exactly."""
-        if not 0 <= k <= self.rank:
-            raise ValueError(f"DualSolver.truncate: k must be between 0 and {self.rank}, got {k}")
-        self.rank = k
-        self._solved = None
-
-    def to(self, device: torch.device | str) -> DualSolver:
-        """Move what is stored to ``device``."""
-        self._device = torch.device(device)
-        self._features, self._factor = self._features.to(device), self._factor.to(device)
-        self._solved = None
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of everything needed to go on: ``features`` (d, r), ``factor`` (r, r), ``ridge`` ()."""
-        return {
-            "features": self.features.contiguous().clone(),
-            "factor": self.factor.contiguous().clone(),
-            "ridge": torch.tensor(self.ridge, dtype=torch.float64),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state_dict` of a solver with the same d and ridge.
-
-        Raises:
-            KeyError: an entry is missing.
-            ValueError: it belongs to another d or ridge, or its shapes do not fit together.
-        """
-        for key in ("features", "factor", "ridge"):
-            if key not in state:
-                raise KeyError(f"DualSolver.load_state_dict: no {key!r} in the state, got {sorted(state)}")
-        features, factor, ridge = state["features"], state["factor"], float(state["ridge"])
-        if ridge != self.ridge:
-            raise ValueError(
-                f"DualSolver.load_state_dict: the state has ridge {ridge}, this solver {self.ridge}"
-            )
-        check.matrix("DualSolver.load_state_dict", features=features)
-        rank = features.shape[1]
-        check.shape("DualSolver.load_state_dict", (self.d, rank), "to fit d", features=features)
-        check.shape("DualSolver.load_state_dict", (rank, rank), "to fit features", factor=factor)
-        device = self._device if self._device is not None else features.device
-        if rank:
-            self._device = device
-        self._features = features.T.to(device, self.dtype, copy=True).contiguous()
-        self._factor = factor.to(device, torch.float64, copy=True)
-        self.rank = rank
-        self._solved = None
-
-    def _take(self, features: Tensor) -> Tensor:
-        """The checked batch in float64, as it will be stored."""
-        op = "DualSolver.solve"
-        check.is_tensor(op, features=features)
-        check.matrix(op, features=features)
-        check.shape(op, (self.d, features.shape[1]), "to fit d", features=features)
-        if not features.is_floating_point():
-            raise TypeError(f"{op}: features must be floating point, got {check.name_of(features.dtype)}")
-        if self._device is None:
-            self.to(features.device)
-        elif features.device != self._features.device:
-            raise ValueError(f"{op}: features must be on {self._features.device}, got {features.device}")
-        batch = features.detach().to(self.dtype).to(torch.float64)
-        bad = ~batch.isfinite().all(dim=0)
-        if bad.any():
-            column = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: features must be finite, but column {column} of {batch.shape[1]} is not")
-        return batch
-
-    def _blocks(self) -> list[slice]:
-        """Ranges of rows of d for which a float64 copy of the stored features stays small."""
-        step = self.d if self.dtype == torch.float64 else max(1, (1 << 24) // max(1, self.rank))
-        return [slice(i, i + step) for i in range(0, self.d, step)]
-
-    def _project(self, batch: Tensor) -> Tensor:
-        """Q = L⁻¹GᵀF: (r, n)."""
-        stored = self._features[: self.rank]
-        product = torch.zeros((self.rank, batch.shape[1]), dtype=torch.float64, device=batch.device)
-        for rows in self._blocks():
-            product += stored[:, rows].to(torch.float64) @ batch[rows]
-        return torch.linalg.solve_triangular(self.factor, product, upper=False)
-
-    def _complement(self, batch: Tensor, Q: Tensor) -> Tensor:
-        """Y = F − G L⁻ᵀQ: (d, n)."""
-        if self.rank == 0:
-            return batch.clone()
-        weights = torch.linalg.solve_triangular(self.factor.T, Q, upper=True)
-        stored = self._features[: self.rank]
-        Y = batch.clone()
-        for rows in self._blocks():
-            Y[rows] -= stored[:, rows].to(torch.float64).T @ weights
-        return Y
-
-    def _cholesky(self, S: Tensor) -> Tensor:
-        factor, info = torch.linalg.cholesky_ex(S)
-        failed = int(info)
-        if failed == 0:
-            return factor
-        k = failed - 1
-        top = torch.linalg.cholesky(S[:k, :k])
-        column = torch.linalg.solve_triangular(top, S[:k, k : k + 1], upper=False)
-        pivot = float(S[k, k] - column.square().sum())
-        raise NumericalError(
-            f"DualSolver: the Gram matrix of {S.shape[0]} new features (beside {self.rank} stored) is not "
-            f"positive definite in float64: smallest pivot {pivot:.3g} at column {k}, ridge "
-            f"{self.ridge:.3g}, largest diagonal {float(S.diagonal().max()):.3g}: raise the ridge, or drop "
-            "repeated features"
-        )
-
-    def _reserve(self, rank: int) -> None:
-        """Room for ``rank`` columns, half as much again when it has to grow."""
-        if rank <= self._features.shape[0]:
-            return
-        room = max(rank, self._features.shape[0] * 3 // 2)
-        features = self._features.new_empty((room, self.d))
-        factor = self._factor.new_empty((room, room))
-        features[: self.rank] = self.features.T
-        factor[: self.rank, : self.rank] = self.factor
-        self._features, self._factor = features, factor

@@ -117,10 +117,14 @@ def measure(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True
-        ).stdout
-    result = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+        said = {
+            what: subprocess.run([tool, f"--dump-{what}", file.name], capture_output=True, text=True).stdout
+            for what in ("resource-usage", "sass")
+        }
+    result = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said["resource-usage"])}
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", said["sass"])
+    result["waits for wgmma"] = {n: waits.count(n) for n in sorted(set(waits))}
+    result["FFMA"] = said["sass"].count(" FFMA ")
     ptx = binary.asm["ptx"]
     for instruction in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.c"):
         result[instruction] = ptx.count(instruction)

@@ -121,6 +121,35 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_layers_are_the_same_bits_as_single_calls(isa, n_threads):
+    torch.manual_seed(5)
+    widths = [33, 64, 5, 0, 130, 7, 41, 96, 1, 17, 300, 20, 21]  # enough narrow ones to be shared out
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    xs = [torch.randn(70 + 10 * i, d).to(dtypes[i % 3]) for i, d in enumerate(widths)]
+    masks = [None if i % 2 else torch.rand(len(x)) > 0.3 for i, x in enumerate(xs)]
+    covs = [_symmetric(d, torch.float64 if i % 4 == 1 else torch.float32) for i, d in enumerate(widths)]
+    single = [cov.clone() for cov in covs]
+    for args in zip(single, xs, masks, strict=True):
+        _C.covariance(*args, isa=isa)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        _C.covariance_layers(covs, xs, masks, isa=isa)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(covs, single, strict=True))
+
+
+def test_lists_of_layers_are_checked():
+    x = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="lists of one length"):
+        _C.covariance_layers([torch.zeros(4, 4)], [x, x], [None])
+    with pytest.raises(ValueError, match="cov: shape"):
+        _C.covariance_layers([torch.zeros(5, 5)], [x], [None])
+    _C.covariance_layers([], [], [])
+
+
 def test_many_tokens_lose_no_precision(isa):
     """Positive sums, where every rounding of a long running sum would show."""
     torch.manual_seed(3)

@@ -11,12 +11,10 @@ from model_configs import tiny_model
 from tiny import FACTS, bits, make, moments, same_bits
 
 from fastedit import Fact
-from fastedit.editors.alphaedit import NullSpace
-from fastedit.editors.history import KeyHistory
+from fastedit.editors.alphaedit import null_space
 from fastedit.editors.locate_then_edit import LayerMeasurement
-from fastedit.editors.sequential import SequentialSolver
-from fastedit.editors.solve import CovarianceFactor
 from fastedit.models import describe
+from fastedit.ops import CovarianceFactor, RidgeSolver
 
 D, OUT, BATCH, BATCHES = 300, 40, 12, 6
 F64 = torch.float64
@@ -59,29 +57,25 @@ def test_1_solver_without_history_equals_the_dense_solve(ridge: float) -> None:
 def test_1_solver_with_an_edit_cache_equals_the_dense_solve() -> None:
     """MEMIT with a cache, and NSE with all neurons."""
     factor = CovarianceFactor(ill_conditioned(), 50.0)
-    solver, history = SequentialSolver(D, 1.0, factor.whiten), KeyHistory()
     system = 50.0 * ill_conditioned()
-    for number, (keys, residual) in enumerate(batches()):
-        left, right = solver.solve(keys, residual, history, 0)
+    for keys, residual in batches():
         system = system + keys @ keys.T
         dense = residual @ torch.linalg.solve(system, keys).T
-        assert relative_error(left @ factor.unwhiten(right).T, dense) < 1e-8
-        history.add(str(number), {0: keys})
+        assert relative_error(residual @ factor.regularised(keys).T, dense) < 1e-8
+        factor.append(keys)
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 0.3, 1e-6])
 def test_1_solver_in_a_null_space_equals_the_published_system(threshold: float) -> None:
-    moment = ill_conditioned()
-    space = NullSpace.of_statistics(moment, threshold, 0)
-    projector = space.project(torch.eye(D, dtype=F64))
-    solver, history = SequentialSolver(D, 10.0, space.project), KeyHistory()
+    projector = null_space(ill_conditioned(), threshold, 0)
+    matrix = projector(torch.eye(D, dtype=F64))
+    solver = RidgeSolver(D, 10.0, projector=projector)
     past = torch.zeros(D, D, dtype=F64)
-    for number, (keys, residual) in enumerate(batches()):
-        left, right = solver.solve(keys, residual, history, 0)
-        system = projector @ (keys @ keys.T + past) + 10.0 * torch.eye(D, dtype=F64)
-        dense = torch.linalg.solve(system, projector @ keys @ residual.T).T
-        assert relative_error(left @ right.T, dense) < 1e-8
-        history.add(str(number), {0: keys})
+    for keys, residual in batches():
+        system = matrix @ (keys @ keys.T + past) + 10.0 * torch.eye(D, dtype=F64)
+        dense = torch.linalg.solve(system, matrix @ keys @ residual.T).T
+        assert relative_error(residual @ solver.solve(keys).T, dense) < 1e-8
+        solver.append(keys)
         past += keys @ keys.T
 
 
@@ -154,10 +148,9 @@ def test_2_nse_with_all_neurons_is_a_sweep_of_memit_with_a_cache() -> None:
 
 def test_2_alphaedit_without_a_threshold_is_ridge_regression() -> None:
     keys, residual = batches()[0]
-    space = NullSpace.of_statistics(ill_conditioned(), float("inf"), 0)
-    left, right = SequentialSolver(D, 2.0, space.project).solve(keys, residual, KeyHistory(), 0)
+    solver = RidgeSolver(D, 2.0, projector=null_space(ill_conditioned(), float("inf"), 0))
     ridge = torch.linalg.solve(keys @ keys.T + 2.0 * torch.eye(D, dtype=F64), keys @ residual.T).T
-    assert relative_error(left @ right.T, ridge) < 1e-8
+    assert relative_error(residual @ solver.solve(keys).T, ridge) < 1e-8
 
 
 # ---- 3: NSE changes the chosen neurons only, and optimally ----------------------------------------------

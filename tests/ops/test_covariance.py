@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import relative_error
@@ -9,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastedit
-from fastedit.ops import backend, covariance_, covariance_reference
+from fastedit.ops import CovarianceAccumulator, backend, covariance_, covariance_reference
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -170,6 +172,40 @@ def test_lists_of_layers(served_by, device):
         assert relative_error(cov.cpu(), reference) < 1e-5
 
 
+def test_layers_of_several_dtypes_views_and_empty_ones(served_by, device):
+    given = [(BF16, FP32, 5), (FP32, FP64, 40), (BF16, FP64, 33), (FP32, FP32, 1), (BF16, FP32, 0)]
+    store = torch.full((60, 60), float("nan"), device=device)
+    covs = [torch.zeros(d, d, dtype=cov, device=device) for _, cov, d in given]
+    covs[1] = store[3:43, 5:45].double().zero_()
+    covs[3] = store[50:51, 50:51].zero_()
+    xs = [tokens(12, d, x, device, seed=d) for x, _, d in given]
+    xs[2] = tokens(33, 12, BF16, device).T
+    mask = (torch.arange(24, device=device) % 3 != 0)[::2]
+    references = [expected(torch.zeros_like(cov), x, mask) for cov, x in zip(covs, xs, strict=True)]
+    covariance_(covs, xs, mask)
+    for cov, reference in zip(covs, references, strict=True):
+        assert relative_error(cov.cpu(), reference) < 1e-5
+        assert torch.equal(cov, cov.T)
+    assert store.isnan().sum() == store.numel() - 1
+
+
+def test_no_layers():
+    covariance_([], [])
+    covariance_([], [], [])
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
+def test_precision(served_by, device, precision):
+    for dtype in (FP32, BF16):
+        x = tokens(40, 35, dtype, device)
+        mask = torch.arange(40, device=device) % 7 != 0
+        cov, other = torch.zeros(35, 35, device=device), torch.zeros(35, 35, device=device)
+        covariance_(cov, x, mask, precision=precision)
+        covariance_([other], [x], [mask], precision=precision)
+        assert relative_error(cov.cpu(), expected(torch.zeros(35, 35), x, mask)) < 2e-6
+        assert torch.equal(cov, other)
+
+
 def test_one_call_or_many_agree(served_by, device):
     x = tokens(60, 24, FP32, device)
     whole, pieces = torch.zeros(24, 24, device=device), torch.zeros(24, 24, device=device)
@@ -274,6 +310,10 @@ def test_wrong_arguments_are_named():
     refused(TypeError, "covariance_: x must be a list of tensors like cov, got one tensor", [cov], x)
     refused(ValueError, "lists must have one length, got 1 cov, 2 x and 1 mask", [cov], [x, x])
     refused(ValueError, "covariance_: x must be on cpu like cov, got meta", cov, x.to("meta"))
+    with pytest.raises(ValueError, match="covariance_: precision must be 'tf32x3' or 'ieee', got 'tf32'"):
+        covariance_(cov, x, precision="tf32")
+    with pytest.raises(TypeError, match="covariance_: cov must be a tensor, got int"):
+        covariance_([1], [x])
 
 
 def test_a_bad_layer_leaves_all_layers_as_they_were():
@@ -292,6 +332,19 @@ def test_shared_memory_is_refused():
     covariance_(store[:4], store[4:])  # disjoint parts of one storage are fine
 
 
+def test_layers_that_share_memory_are_refused():
+    a, b, x = torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)
+    with pytest.raises(ValueError, match=r"cov\[\d\] is written and must not share memory with cov\[\d\]"):
+        covariance_([a, b, a], [x, x, x])
+    with pytest.raises(ValueError, match=r"cov\[1\] is written and must not share memory with x\[0\]"):
+        covariance_([a, b], [b, x])
+    with pytest.raises(ValueError, match=r"cov\[1\] is written and must not share memory with x\[0\]"):
+        covariance_([a, b], [b, x.bfloat16()])  # also where layers go to different calls of a backend
+    assert not a.any()
+    assert not b.any()
+    covariance_([a, b], [x, x])  # tokens may be shared
+
+
 # ---- graphs ---------------------------------------------------------------------------------------------
 
 
@@ -301,7 +354,7 @@ def test_opcheck():
         torch.library.opcheck(
             op, (torch.zeros(5, 5), torch.ones(2, 3, 5), torch.ones(2, 3, dtype=torch.bool))
         )
-        torch.library.opcheck(op, (torch.zeros(5, 5, dtype=FP64), torch.ones(3, 5, dtype=BF16), None))
+        torch.library.opcheck(op, (torch.zeros(5, 5, dtype=FP64), torch.ones(3, 5, dtype=BF16), None, "ieee"))
 
 
 def test_compiles_into_one_graph_and_follows_the_choice_at_run_time():
@@ -332,8 +385,109 @@ def test_fake_tensors_are_checked_and_not_computed():
     with FakeTensorMode():
         cov, x = torch.zeros(4, 4), torch.ones(3, 4)
         assert covariance_(cov, x) is None
+        assert covariance_([cov, torch.zeros(3, 3)], [x, x[:, 1:]]) is None
         with pytest.raises(ValueError, match="x must have shape"):
             covariance_(cov, x[:, :3])
+
+
+# ---- streams --------------------------------------------------------------------------------------------
+
+
+def batches_of(sizes, d, dtype, device="cpu"):
+    """Batches of (1, n) or (n,) tokens, every second one with a mask and NaN under it."""
+    for i, n in enumerate(sizes):
+        x, mask = tokens(n, d, dtype, device, seed=i), None
+        if i % 2:
+            mask = torch.arange(n, device=device) % 3 != 1
+            x[~mask] = float("nan")
+            x, mask = x[None], mask[None]
+        yield x, mask
+
+
+SIZES = (3, 1, 7, 0, 30, 2, 16, 5)  # below, at and above a buffer of 16
+
+
+@pytest.mark.parametrize("cov_dtype", [FP32, FP64], ids=["float32", "float64"])
+def test_accumulator_adds_up_all_batches(served_by, device, cov_dtype):
+    total, count = torch.zeros(9, 9, dtype=FP64), 0
+    acc = CovarianceAccumulator(9, dtype=cov_dtype, device=device, buffer_tokens=16)
+    for x, mask in batches_of(SIZES, 9, BF16, device):
+        acc.add(x, mask)
+        total = expected(total, x, mask)
+        count += x[..., 0].numel() if mask is None else int(mask.sum())
+    assert acc.result().dtype == cov_dtype
+    assert relative_error(acc.result().cpu(), total) < 2e-6
+    assert torch.equal(acc.result(), acc.result().T)
+    assert acc.count == count
+
+
+def test_accumulator_goes_on_from_its_state_to_the_same_bits():
+    given = list(batches_of(SIZES, 9, FP32))
+    whole = CovarianceAccumulator(9, buffer_tokens=16)
+    for x, mask in given:
+        whole.add(x, mask)
+    for stop in range(len(given)):
+        first, second = (CovarianceAccumulator(9, buffer_tokens=16) for _ in range(2))
+        for x, mask in given[:stop]:
+            first.add(x, mask)
+        second.add(given[0][0])  # forgotten
+        second.load_state_dict(first.state_dict())
+        for x, mask in given[stop:]:
+            second.add(x, mask)
+        assert torch.equal(second.result(), whole.result())
+        assert second.count == whole.count
+
+
+def test_accumulator_refuses_what_does_not_fit():
+    acc = CovarianceAccumulator(4, buffer_tokens=8)
+    acc.add(torch.ones(3, 4))
+    before = acc.state_dict()
+    with pytest.raises(ValueError, match=r"x must have shape \(..., 4\)"):
+        acc.add(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="mask must have shape"):
+        acc.add(torch.ones(3, 4), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="x must be float32 like the batches before, got bfloat16"):
+        acc.add(torch.ones(3, 4, dtype=BF16))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        acc.add([1.0])
+    for bad, error, match in (
+        (CovarianceAccumulator(5).state_dict(), ValueError, r"total must have shape \(4, 4\)"),
+        (CovarianceAccumulator(4, dtype=FP32).state_dict(), TypeError, "total must be float64"),
+        ({**before, "rows": torch.ones(9, 4), "keep": torch.ones(9).bool()}, ValueError, "holds 9 tokens"),
+    ):
+        with pytest.raises(error, match=match):
+            acc.load_state_dict(bad)
+    assert all(torch.equal(before[name], now) for name, now in acc.state_dict().items())
+    for arguments in ({"d": -1}, {"d": 4, "buffer_tokens": 0}, {"d": 4, "precision": "tf32"}):
+        with pytest.raises(ValueError, match="CovarianceAccumulator"):
+            CovarianceAccumulator(**arguments)
+    with pytest.raises(TypeError, match="dtype must be float32 or float64, got bfloat16"):
+        CovarianceAccumulator(4, dtype=BF16)
+
+
+@pytest.mark.parametrize("cov_dtype", [FP32, FP64], ids=["to_float32", "to_float64"])
+def test_ten_million_tokens(cov_dtype):
+    """Positive tokens, whose sums only grow: what is lost in adding would show on the diagonal as a bias."""
+    x = tokens(2**20, 6, FP32).abs_().add_(0.5)
+    acc = CovarianceAccumulator(6, dtype=cov_dtype)
+    for batch in x.split(2000) * 10:
+        acc.add(batch)
+    assert acc.count == 10 * 2**20
+    reference = 10 * expected(torch.zeros(6, 6), x)
+    found = acc.result()
+    assert relative_error(found, reference) < (5e-7 if cov_dtype == FP64 else 1e-5)
+    bias = (found.double().diagonal() / reference.diagonal() - 1).mean().abs().item()
+    assert bias < (1e-7 if cov_dtype == FP64 else 5e-6)
+
+
+def test_examples():
+    import doctest
+    import importlib
+
+    module = importlib.import_module("fastedit.ops.covariance")
+    assert doctest.testmod(module).failed == 0
+    page = Path(__file__).parents[2] / "docs" / "ops" / "covariance.md"
+    assert doctest.testfile(str(page), module_relative=False).failed == 0
 
 
 # ---- properties -----------------------------------------------------------------------------------------
