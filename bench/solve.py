@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import CovarianceFactor, Projector, RidgeSolver, ridge_factors
 
 OPS = ("alphaedit", "memit", "ultraedit")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fastedit.bench import common
 
 EXAMPLES = """\
@@ -106,7 +107,9 @@ def covariance_case(shape: tuple[int, ...], dtype: str, architecture: int, devic
             module.covariance_triton(cov, x, config=config)
             return cov
 
-    return Case("covariance", shape, dtype, f'({architecture}, "{arithmetic}", {d >= module._LARGE})', current, run)
+    return Case(
+        "covariance", shape, dtype, f'({architecture}, "{arithmetic}", {d >= module._LARGE})', current, run
+    )
 
 
 def low_rank_case(shape: tuple[int, ...], dtype: str, architecture: int, device: str | None) -> Case:
@@ -148,7 +151,10 @@ def search(case: Case, deadline: float, quick: bool) -> None:
             case.results.append((sample(lambda config=config: case.run(config), 5), config))
         except Exception as reason:  # a configuration that does not compile or fit is one that is not chosen
             case.failed += 1
-            print(f"  {config}: {str(reason).splitlines()[0][:100] if str(reason) else reason!r}", file=sys.stderr)
+            print(
+                f"  {config}: {str(reason).splitlines()[0][:100] if str(reason) else reason!r}",
+                file=sys.stderr,
+            )
     case.results.sort()
 
 
@@ -218,7 +224,9 @@ def compile_only(case: Case, architecture: int, limit: int) -> list[dict[str, An
         *blocks, warps, stages = config
         chosen = {**arguments, **dict(zip(names, blocks, strict=True))}
         try:
-            found = proof.measure(proof.compile_kernel(kernel, chosen, divisible, architecture, warps, stages))
+            found = proof.measure(
+                proof.compile_kernel(kernel, chosen, divisible, architecture, warps, stages)
+            )
             row = {k: found[k] for k in ("REG", "STACK", "shared", "matrix unit", "waits for wgmma")}
         except Exception as error:
             row = {"error": repr(error)[:200]}
@@ -234,11 +242,17 @@ def main() -> int:
     parser.add_argument("stem", nargs="*", help=f"{' or '.join(CASES)}; default: both")
     parser.add_argument("--shape", action="append", help="TOKENSxD or D_OUTxD_INxRANK; may be repeated")
     parser.add_argument("--dtype", action="append", choices=tuple(common.DTYPES), help="may be repeated")
-    parser.add_argument("--seconds", type=float, default=300, help="stop the search after so long (default: 300)")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="stop the search after so long (default: 300)"
+    )
     parser.add_argument("--quick", action="store_true", help="vary tiles and warps only")
     parser.add_argument("--out", type=Path, help="folder for a CSV of everything that was timed")
-    parser.add_argument("--dry-run", type=int, metavar="ARCH", help="compile for sm_ARCH instead: 80, 90, 100 or 120")
-    parser.add_argument("--limit", type=int, default=1000, help="with --dry-run: so many configurations a shape")
+    parser.add_argument(
+        "--dry-run", type=int, metavar="ARCH", help="compile for sm_ARCH instead: 80, 90, 100 or 120"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="with --dry-run: so many configurations a shape"
+    )
     options = parser.parse_args()
     stems = options.stem or list(CASES)
     for stem in stems:

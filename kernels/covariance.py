@@ -159,12 +159,16 @@ def _add_partials_kernel(
     i, j = _grouped_position(tile, n_tiles, GROUP)
     inside = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    ptrs = partials_ptr + tile.to(tl.int64) * (BLOCK_D * BLOCK_D) + inside[:, None] * BLOCK_D + column[None, :]
+    ptrs = (
+        partials_ptr + tile.to(tl.int64) * (BLOCK_D * BLOCK_D) + inside[:, None] * BLOCK_D + column[None, :]
+    )
     total = tl.zeros((ROWS, BLOCK_D), dtype=cov_ptr.dtype.element_ty)
     for _ in range(0, SPLITS):
         total += tl.load(ptrs).to(cov_ptr.dtype.element_ty)
         ptrs += tiles.to(tl.int64) * (BLOCK_D * BLOCK_D)
-    _add_to_both_triangles(cov_ptr, total, i * BLOCK_D + inside, j * BLOCK_D + column, D, stride_c0, stride_c1)
+    _add_to_both_triangles(
+        cov_ptr, total, i * BLOCK_D + inside, j * BLOCK_D + column, D, stride_c0, stride_c1
+    )
 
 
 # (architecture, arithmetic, large tiles?) -> tile, tokens a step, warps, pipeline stages. Arithmetic: "half" for
@@ -246,7 +250,9 @@ def _launch(cov, x, mask, config, precision):
     steps = triton.cdiv(steps, flushes)  # between two flushes
     split_tokens = flushes * steps * block_t
     splits = triton.cdiv(n_tokens, split_tokens)
-    partial = float64 or splits > 1  # a float64 cov is added to by the second kernel alone: fewer registers here
+    partial = (
+        float64 or splits > 1
+    )  # a float64 cov is added to by the second kernel alone: fewer registers here
     out = torch.empty(splits * tiles * tile_bytes // 4, device=x.device) if partial else cov
     _covariance_kernel[(tiles * splits,)](
         out,
@@ -273,7 +279,16 @@ def _launch(cov, x, mask, config, precision):
     if partial:
         rows = min(block_d, 32)
         _add_partials_kernel[(tiles, block_d // rows)](
-            cov, out, splits, d, cov.stride(0), cov.stride(1), BLOCK_D=block_d, ROWS=rows, GROUP=_GROUP, num_warps=4
+            cov,
+            out,
+            splits,
+            d,
+            cov.stride(0),
+            cov.stride(1),
+            BLOCK_D=block_d,
+            ROWS=rows,
+            GROUP=_GROUP,
+            num_warps=4,
         )
 
 

@@ -190,7 +190,17 @@ def _prepare(rows, cols, split):
     out = torch.empty((total, padded * (2 if split else 1)), dtype=dtype, device=rows.device)
     block = 1024
     _prepare_factors_kernel[(triton.cdiv(total * padded, block),)](
-        out, rows, cols, n_rows, cols.shape[0], rank, rows.stride(0), cols.stride(0), padded, SPLIT=split, BLOCK=block
+        out,
+        rows,
+        cols,
+        n_rows,
+        cols.shape[0],
+        rank,
+        rows.stride(0),
+        cols.stride(0),
+        padded,
+        SPLIT=split,
+        BLOCK=block,
     )
     return out[:n_rows], out[n_rows:], padded
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import common
 
-STEMS = ("covariance", "low_rank", "solve")
+STEMS = ("covariance", "low_rank", "solve", "neuron_select")
 
 _EXAMPLES = """\
   fastedit bench

@@ -7,6 +7,16 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import CovarianceAccumulator, covariance_, covariance_reference
 from .low_rank import low_rank_update_, low_rank_update_reference
+from .neuron_select import (
+    Selection,
+    gather_square,
+    gather_square_reference,
+    neuron_scores,
+    neuron_scores_reference,
+    neuron_select,
+    neuron_select_keys,
+    neuron_select_reference,
+)
 from .solve import CovarianceFactor, DualSolver, Projector, RidgeSolver, ridge_factors
 
 __all__ = [
@@ -15,10 +25,18 @@ __all__ = [
     "DualSolver",
     "Projector",
     "RidgeSolver",
+    "Selection",
     "covariance_",
     "covariance_reference",
+    "gather_square",
+    "gather_square_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "neuron_scores",
+    "neuron_scores_reference",
+    "neuron_select",
+    "neuron_select_keys",
+    "neuron_select_reference",
     "ridge_factors",
     "use_backend",
 ]

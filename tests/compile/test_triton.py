@@ -121,7 +121,9 @@ def measure(binary):
             what: subprocess.run([tool, f"--dump-{what}", file.name], capture_output=True, text=True).stdout
             for what in ("resource-usage", "sass")
         }
-    result = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said["resource-usage"])}
+    result = {
+        key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said["resource-usage"])
+    }
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", said["sass"])
     result["waits for wgmma"] = {n: waits.count(n) for n in sorted(set(waits))}
     result["FFMA"] = said["sass"].count(" FFMA ")

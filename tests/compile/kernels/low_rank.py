@@ -35,7 +35,13 @@ def launch(architecture, variant):
             "R": "i32", "stride_rows": "i32", "stride_cols": "i32", "R_PADDED": "i32", "SPLIT": True,
             "BLOCK": 1024,
         }  # fmt: skip
-        return module._prepare_factors_kernel, arguments, ("out_ptr", "rows_ptr", "cols_ptr", "R_PADDED"), 4, 3
+        return (
+            module._prepare_factors_kernel,
+            arguments,
+            ("out_ptr", "rows_ptr", "cols_ptr", "R_PADDED"),
+            4,
+            3,
+        )
     weight = getattr(torch, DTYPES[dtype])
     config = module.configuration(architecture, weight, rank, stochastic and not aligned)
     block_rows, block_cols, block_r, warps, stages = config
