@@ -17,7 +17,7 @@ from ..artefacts.weights import uninterrupted
 from ..facts import Fact, validate_facts
 from ..models.describe import Projection
 from ..models.runner import frozen
-from ..ops import neuron_select
+from ..ops import neuron_select_keys
 from .base import register_editor
 from .locate_then_edit import Factors, LayerMeasurement
 from .memit import MemitParams
@@ -239,6 +239,5 @@ class Nse(MemitCache):
     def neurons(self, keys: Tensor) -> Tensor:
         """(s,) int64, ascending: the neurons that hold the share ``mass`` of Σ |k| over keys (d, n)."""
         rule = "at_least" if self.profile == "paper" else "prefix"
-        scores = keys.abs().sum(1, dtype=torch.float64)
-        _, indices, counts = neuron_select(scores[None], self.params.mass, rule=rule)
-        return indices[0, : int(counts[0])]
+        _, indices, count = neuron_select_keys(keys, self.params.mass, rule=rule)
+        return indices[: int(count)].long()
