@@ -18,7 +18,6 @@ from fastedit import Fact
 # Which of our methods a case belongs to, by the case's name; the first match counts.
 METHOD_OF_CASE = [
     (r"memit_seq", "memit-cache"),
-    (r"memit_rect", "memit-rect"),
     (r"memit", "memit"),
     (r"rrome", "r-rome"),
     (r"prome", "p-rome"),
@@ -29,6 +28,10 @@ METHOD_OF_CASE = [
     (r"grace", "grace"),
     (r"wise", "wise"),
 ]
+
+
+# Hyper-parameters that a case's name stands for and its configuration does not list.
+PARAMS_OF_CASE: dict[str, dict[str, Any]] = {"memit_rect": {"rect": 0.4}}
 
 
 @dataclass
@@ -64,6 +67,11 @@ class GoldenCase:
         index = json.loads((self.folder / "index.json").read_text())
         with np.load(self.folder / index["covariance"]) as stored:
             return {layer: torch.from_numpy(stored[f"cov_L{layer}"]) for layer in self.data["layers"]}
+
+    def null_spaces(self) -> dict[int, Tensor]:
+        index = json.loads((self.folder / "index.json").read_text())
+        with np.load(self.folder / index.get("null_space", "nullspace_P.npz")) as stored:
+            return {layer: torch.from_numpy(stored[f"P_L{layer}"]) for layer in self.data["layers"]}
 
     def load_model(self) -> tuple[Any, Any]:
         from fastedit.cli.common import load_model

@@ -111,6 +111,11 @@ class EditStack:
     def __contains__(self, edit: object) -> bool:
         return isinstance(edit, Edit) and any(other.id == edit.id for other in self._edits)
 
+    def original(self, weight_name: str) -> Tensor | None:
+        """The bits of a weight before the first edit on it, as stored and not to be changed; None if unedited."""
+        matrix = self._matrices.get(locate(self.model, weight_name).parameter_name)
+        return None if matrix is None else matrix.original
+
     @property
     def memory_bytes(self) -> int:
         """Bytes of originals, masters and factors."""

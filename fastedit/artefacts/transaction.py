@@ -62,6 +62,12 @@ class Transaction:
         finally:
             self._stack._lock.release()
 
+    def before(self, name: str) -> Tensor:
+        """The named weight as it was on entering, (d_out, d_in); not to be written to."""
+        place = self._places[name]
+        copy = self._copies[place.parameter_name]
+        return copy.T if place.transposed else copy
+
     def rollback(self) -> None:
         """Put the copies back and end the transaction; does nothing after a commit."""
         if self._open:

@@ -5,20 +5,32 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..artefacts import Edit
 from ..facts import Fact
 from ..models.describe import describe
 from .params import resolve_params
+from .state import State, digests_of, read_state, require_fit, write_state
 
 Profile = Literal["clean", "official", "paper"]
 PROFILES: tuple[Profile, ...] = ("clean", "official", "paper")
 
 # Module of each method; a module registers its editor when it is imported.
-_METHODS = {"rome": "rome", "r-rome": "r_rome", "p-rome": "p_rome", "memit": "memit"}
+_METHODS = {
+    "rome": "rome",
+    "r-rome": "r_rome",
+    "p-rome": "p_rome",
+    "memit": "memit",
+    "memit-cache": "memit_cache",
+    "emmet": "emmet",
+    "alphaedit": "alphaedit",
+    "nse": "nse",
+    "ultraedit": "ultraedit",
+}
 _EDITORS: dict[str, type[Editor]] = {}
 
 E = TypeVar("E", bound="type[Editor]")
@@ -60,6 +72,50 @@ class Editor(ABC):
         self.profile: Profile = profile
         self.seed = seed
         self.progress = progress
+
+    def save_state(self, directory: str | Path) -> Path:
+        """Write what is carried from batch to batch, to go on in another process with the same edited model.
+
+        Args:
+            directory: where; an older state there is replaced, whole or not at all.
+
+        Returns:
+            The directory.
+        """
+        tensors, about = self._state()
+        digests = digests_of(self.model, self.weight_names)
+        state = State(self.method, dict(vars(self.params)), self.profile, digests, tensors, about)
+        return write_state(state, directory)
+
+    def load_state(self, directory: str | Path) -> None:
+        """Go on from :meth:`save_state`.
+
+        Batches that it brings can only be taken off together with the model they are in.
+
+        Raises:
+            BaseMismatch: the state is of another method or other settings, or the model does not have the bits
+                it had then. Nothing changes.
+            CorruptFile: a file is missing or damaged. Nothing changes.
+        """
+        state = read_state(directory)
+        require_fit(state, self.method, self.params, self.profile, self.model)
+        self._load_state(state.tensors, state.about)
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the weights that the editor may change; a saved state belongs to their bits."""
+        return []
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and anything else that is carried from batch to batch; nothing, unless a family has something."""
+        return {}, {}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take over what :meth:`_state` gave."""
+        if tensors or about:
+            raise ValueError(
+                f"{self.method} carries nothing from batch to batch, got {sorted([*tensors, *about])}"
+            )
 
     @abstractmethod
     def edit(self, facts: Iterable[Fact | Mapping[str, Any]]) -> Edit:

@@ -7,10 +7,8 @@ solver. Everything else is here.
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +18,26 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..artefacts import Edit, LowRank, Transaction, stack_of
-from ..errors import InvalidFact
+from ..errors import InvalidFact, NumericalError
 from ..facts import Fact, validate_facts
 from ..models.describe import ModelDescription
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
-from ..ops.solve import CovarianceFactor
+from ..ops import CovarianceFactor
 from .base import Editor
+from .history import KeyHistory
 from .prompts import FactRows, fact_rows
+from .restraint import anchor_norm, rect, reference_norm
+from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts
 from .values import ValueObjective, Values, optimise_values
 
 logger = logging.getLogger(__name__)
+
+Factors = dict[str, list[tuple[Tensor, Tensor]]]  # by weight name, left and right of each update
+
+_WORSE = 1.01  # a loss this much above its start is no rounding error
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class LocateParams:
         clamp: largest change of the value, as a multiple of its norm (``clamp_norm_factor``).
         weight_decay: of the change of the value (``v_weight_decay``).
         kl_factor: weight of the KL term that keeps the subject's essence.
+        norm_anchor: ν of Norm-Anchor Scaling, from :meth:`LocateThenEdit.measure_norm_anchor`; None for none.
+        rect: RECT, the share of each weight's entries that a change may touch; None for all.
     """
 
     layers: tuple[int, ...]
@@ -54,6 +61,8 @@ class LocateParams:
     clamp: float = 0.75
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
+    norm_anchor: float | None = None
+    rect: float | None = None
 
     @classmethod
     def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
@@ -81,18 +90,17 @@ class LayerMeasurement:
 
 
 @dataclass
-class _Stopwatch:
-    """Seconds spent per stage."""
+class _Batch:
+    """What came of facts that were edited together.
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    ``described`` has one entry for each fact that was edited, ``set_aside`` one for each that was not, ``keys``
+    what a method's history keeps, by layer.
+    """
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    facts: list[Fact]
+    described: list[dict[str, Any]]
+    set_aside: list[dict[str, Any]]
+    keys: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LocateThenEdit(Editor):
@@ -114,6 +122,7 @@ class LocateThenEdit(Editor):
     context_lengths: Sequence[tuple[int, int]] = ((10, 5),)
     value_at_mlp = False
     one_by_one = False
+    remembers = False  # whether the keys of earlier batches are kept in ``history``
 
     def __init__(
         self,
@@ -133,6 +142,7 @@ class LocateThenEdit(Editor):
         self._statistics = statistics
         self._contexts = None if contexts is None else _checked_contexts(contexts)
         self._factors: dict[int, CovarianceFactor] = {}
+        self.history = KeyHistory()
 
     # -- what a method chooses ----------------------------------------------------------------------
 
@@ -160,9 +170,10 @@ class LocateThenEdit(Editor):
         """
         return (values.target - bare.outputs(self.params.layers[-1])) / left
 
-    def needs_statistics(self) -> bool:
-        """Whether :meth:`factor` will be called."""
-        return True
+    def prepare(self) -> None:
+        """Make what solving needs and does not depend on the facts: factors of the statistics, at first use."""
+        for layer in self.params.layers:
+            self.factor(layer)
 
     def factor_weight(self) -> float:
         """λ, the weight of the statistics."""
@@ -174,55 +185,98 @@ class LocateThenEdit(Editor):
         """Write a batch of facts; see :meth:`Editor.edit`.
 
         Methods of the ROME kind edit the facts one after the other, all others edit them together.
+        A fact whose target cannot be optimised (its loss stops being finite or, but in the official profile,
+        ends above its start) is set aside with the reason in ``edit.measured["set_aside"]``; the others are
+        edited.
         """
         checked = validate_facts(facts)
-        watch = _Stopwatch()
+        watch = Stopwatch()
+        self.history.follow({edit.id for edit in stack_of(self.model).edits})
         with frozen(self.model):
             with watch.stage("prepare"):
                 rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
                 checked, rows, known = self._known(checked, rows)
-                if self.needs_statistics():
-                    for layer in self.params.layers:
-                        self.factor(layer)
-            names = [self.description.projection(layer).weight_name for layer in self.params.layers]
+                self.prepare()
+            names = self.weight_names
             with Transaction(self.model, names) as transaction:
-                parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-                outcome: list[dict[str, Any]] = []
+                parts: Factors = {name: [] for name in names}
                 step = 1 if self.one_by_one else len(checked)
-                for start in range(0, len(checked), step):
-                    chosen = slice(start, start + step)
-                    values = self._edit_batch(checked[chosen], rows[chosen], parts, watch)
-                    outcome += _describe_values(values)
+                batches = [
+                    self._edit_batch(checked[start : start + step], rows[start : start + step], parts, watch)
+                    for start in range(0, len(checked), step)
+                ]
+                _require_some(batches)
                 with watch.stage("apply"):
-                    edit = self._edit(checked, parts, outcome, known)
-                    edit = transaction.commit(edit)
+                    edit = transaction.commit(self._edit(batches, parts, known, transaction))
+        if self.remembers:
+            self.history.add(edit.id, batches[0].keys)
         edit.measured["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
         return edit
 
     def _edit_batch(
         self,
-        facts: Sequence[Fact],
-        rows: Sequence[FactRows],
-        parts: dict[str, list[tuple[Tensor, Tensor]]],
-        watch: _Stopwatch,
-    ) -> Values:
-        layers = self.params.layers
+        facts: list[Fact],
+        rows: list[FactRows],
+        parts: Factors,
+        watch: Stopwatch,
+    ) -> _Batch:
         with watch.stage("targets"):
-            values = optimise_values(
-                self.runner,
-                facts,
-                rows,
-                self.objective(),
-                micro_batch=self.micro_batch,
-                show_progress=False if self.one_by_one else self.progress,
-            )
+            values = self.targets(facts, rows)
+            reasons = self._unusable(values)
+        kept = [index for index in range(len(facts)) if index not in reasons]
+        set_aside = [
+            {"fact": facts[i].text, "target": facts[i].target_new, "reason": why}
+            for i, why in reasons.items()
+        ]
+        for each in set_aside:
+            logger.warning("%r -> %r is set aside: %s", each["fact"], each["target"], each["reason"])
+        if not kept:
+            return _Batch([], [], set_aside)
+        facts, rows = [facts[index] for index in kept], [rows[index] for index in kept]
+        values = values.select(kept)
+        described = _describe_values(values)
+        keys = self.write(rows, values, parts, watch, described)
+        return _Batch(facts, described, set_aside, keys)
+
+    def targets(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
+        """The facts' target values, optimised on the weights as they are."""
+        return optimise_values(
+            self.runner,
+            facts,
+            rows,
+            self.objective(),
+            micro_batch=self.micro_batch,
+            show_progress=False if self.one_by_one else self.progress,
+        )
+
+    def write(
+        self,
+        rows: Sequence[FactRows],
+        values: Values,
+        parts: Factors,
+        watch: Stopwatch,
+        described: list[dict[str, Any]],
+    ) -> dict[int, Tensor]:
+        """Write the values into the layers, from the lowest up, by :meth:`solve`.
+
+        Args:
+            rows: one for each fact.
+            values: their targets.
+            parts: by weight name, the factors of each update; appended to.
+            watch: takes the times.
+            described: by fact, what is reported about it; may be added to.
+
+        Returns:
+            By layer, (d_in, n) fp32: the facts' keys under the weights written, for :attr:`history`.
+        """
+        layers = self.params.layers
+        found = {}
         with watch.stage("keys"):
             sweep = PromptSweep(self.runner, [prompt for row in rows for prompt in row.prompts], layers[0])
             bare = PromptSweep(self.runner, [row.prompts[0] for row in rows], layers[0])
         weights = self.key_weights(len(rows[0].prompts))
         for index, layer in enumerate(layers):
-            projection = self.description.projection(layer)
-            place = projection.weight.device
+            place = self.description.projection(layer).weight.device
             with watch.stage("keys"):
                 sweep.advance(layer)
                 bare.advance(layer)
@@ -235,9 +289,73 @@ class LocateThenEdit(Editor):
             with watch.stage("solve"):
                 left, right = (factor.float() for factor in self.solve(measured))
             with watch.stage("apply"):
-                ops.low_rank_update_(projection.weight.data, left, right, transposed=projection.transposed)
-                parts[projection.weight_name].append((left, right))
-        return values
+                self._add(layer, left, right, parts)
+            found[layer] = measured.keys
+        return found
+
+    def _add(self, layer: int, left: Tensor, right: Tensor, parts: Factors) -> None:
+        """Add left rightᵀ to the layer's weight and remember the factors."""
+        projection = self.description.projection(layer)
+        ops.low_rank_update_(projection.weight.data, left, right, transposed=projection.transposed)
+        parts[projection.weight_name].append((left, right))
+
+    def _unusable(self, values: Values) -> dict[int, str]:
+        """Facts that cannot be edited, by position: the reason. Norm anchors are applied to the others."""
+        reasons = dict(values.broken)
+        if self.profile != "official":
+            for index, (first, last) in enumerate(
+                zip(values.losses[:, 0, 1].tolist(), values.final_loss.tolist(), strict=True)
+            ):
+                if index not in reasons and last > _WORSE * first:
+                    reasons[index] = f"optimising its target raised its loss from {first:.3g} to {last:.3g}"
+        anchor = self.params.norm_anchor
+        if anchor is not None:
+            values.shift, lost = anchor_norm(values.mlp, values.shift, anchor)
+            for index in lost.nonzero().flatten().tolist():
+                reasons.setdefault(index, f"its target is longer than twice the norm anchor {anchor:.3g}")
+        return dict(sorted(reasons.items()))
+
+    def measure_norm_anchor(self, facts: Iterable[Fact | Mapping[str, Any]]) -> float:
+        """ν for ``norm_anchor``: the usual norm of targets on the model as it is; call it before any edit.
+
+        Targets are optimised under the bare prompts only (arXiv 2602.02543, which takes 1,000 facts).
+        """
+        checked = validate_facts(facts)
+        with frozen(self.model):
+            rows = fact_rows(self.tokenizer, checked, ["{}"], self.description.context_length)
+            values = self.targets(checked, rows)
+        usable = [index for index in range(len(checked)) if index not in values.broken]
+        if not usable:
+            raise NumericalError("no target of these facts could be optimised: there is no norm to measure")
+        chosen = values.select(usable)
+        return reference_norm(chosen.mlp + chosen.shift)
+
+    # -- state --------------------------------------------------------------------------------------
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The output projections of the layers."""
+        return [self.description.projection(layer).weight_name for layer in self.params.layers]
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.history.follow({edit.id for edit in stack_of(self.model).edits})
+        tensors = {
+            f"keys.{number}.{layer}": keys
+            for number, batch in enumerate(self.history.batches)
+            for layer, keys in batch.keys.items()
+        }
+        return tensors, {"batches": len(self.history), "contexts": list(self.contexts)}
+
+    def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        history = KeyHistory()
+        for number in range(about["batches"]):
+            keys = {}
+            for layer in self.params.layers:
+                place = self.description.projection(layer).weight.device
+                keys[layer] = tensors[f"keys.{number}.{layer}"].to(place)
+            history.add("", keys)
+        self.history = history
+        self._contexts = list(about["contexts"])
 
     # -- pieces -------------------------------------------------------------------------------------
 
@@ -334,25 +452,51 @@ class LocateThenEdit(Editor):
 
     def _edit(
         self,
-        facts: list[Fact],
-        parts: dict[str, list[tuple[Tensor, Tensor]]],
-        outcome: list[dict[str, Any]],
+        batches: Sequence[_Batch],
+        parts: Factors,
         known: list[int],
+        transaction: Transaction,
     ) -> Edit:
         factors = {
-            name: LowRank(
-                torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1)
-            )
+            name: LowRank(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
             for name, pairs in parts.items()
+            if pairs
         }
+        if not factors:  # every fact was in place already: an edit that changes nothing
+            projection = self.description.projection(self.params.layers[0])
+            nothing = LowRank(torch.zeros(projection.d_out, 0), torch.zeros(projection.d_in, 0))
+            factors = {projection.weight_name: nothing}
+        dense = {}
+        if self.params.rect is not None:
+            dense = {
+                name: rect(change.dense(), transaction.before(name).to(change.left.device), self.params.rect)
+                for name, change in factors.items()
+            }
         return Edit(
             method=self.method,
-            facts=facts,
+            facts=[fact for batch in batches for fact in batch.facts],
             params={**vars(self.params), "contexts": list(self.contexts)},
             seed=self.seed,
             profile=self.profile,
-            factors=factors,
-            measured={"facts": outcome, "already_known": known},
+            factors={} if dense else factors,
+            dense=dense,
+            measured={
+                "facts": [each for batch in batches for each in batch.described],
+                "set_aside": [each for batch in batches for each in batch.set_aside],
+                "already_known": known,
+            },
+        )
+
+
+def _require_some(batches: Sequence[_Batch]) -> None:
+    """Raise NumericalError if no fact of any batch could be edited."""
+    if not any(batch.facts for batch in batches):
+        reasons = "; ".join(
+            f"{each['fact']!r}: {each['reason']}" for batch in batches for each in batch.set_aside
+        )
+        raise NumericalError(
+            f"no fact of this batch can be edited: {reasons}. Lower the learning rate or the clamp, choose other "
+            "layers, or use a wider dtype"
         )
 
 

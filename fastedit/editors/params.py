@@ -82,7 +82,9 @@ def _published(file: str, description: ModelDescription) -> dict[str, Any] | Non
 
 
 def _checked(params: P, description: ModelDescription) -> P:
-    layers = getattr(params, "layers", ())
+    if not hasattr(params, "layers"):
+        return params  # the editor itself looks at the modules it is given
+    layers = params.layers
     if not layers or sorted(set(layers)) != list(layers):
         raise ValueError(f"layers must be ascending and without repeats, got {layers}")
     if layers[0] < 0 or layers[-1] >= description.n_layers:

@@ -56,9 +56,10 @@ class Rome(LocateThenEdit):
         """The plain mean over all contexts."""
         return [1.0 / n_contexts] * n_contexts
 
-    def needs_statistics(self) -> bool:
-        """Only if the key is whitened."""
-        return self.params.use_covariance
+    def prepare(self) -> None:
+        """Factor the statistics, only if the key is whitened."""
+        if self.params.use_covariance:
+            super().prepare()
 
     def residual(
         self, layer: int, keys: Tensor, bare_keys: Tensor, values: Values, bare: PromptSweep, left: int

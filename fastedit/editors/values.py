@@ -11,13 +11,12 @@ the shift δ is differentiated, never a weight. Results equal those of the loop 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NumericalError
 from ..facts import Fact
 from ..models.runner import BlockCalls, BlockRunner, Prefix
 from ..models.tokens import pad_batch
@@ -61,17 +60,41 @@ class Values:
     Attributes:
         initial: (n, hidden) fp32, the unedited value under the bare prompt.
         shift: (n, hidden) fp32, δ.
+        mlp: (n, hidden) fp32, what the block's MLP adds to the residual stream there, or, if the value is the
+            MLP's own output, that output.
         losses: (n, steps, 4) fp64: total, negative log-likelihood, KL, weight decay; NaN after the stop.
+        broken: facts without a usable target, by position: the reason.
     """
 
     initial: Tensor
     shift: Tensor
+    mlp: Tensor
     losses: Tensor
+    broken: dict[int, str] = field(default_factory=dict)
 
     @property
     def target(self) -> Tensor:
         """(n, hidden) fp32, initial + δ."""
         return self.initial + self.shift
+
+    def select(self, positions: Sequence[int]) -> Values:
+        """The values of some of the facts, in the order given."""
+        chosen = torch.tensor(positions, dtype=torch.long)
+        parts = (self.initial, self.shift, self.mlp, self.losses)
+        initial, shift, mlp, losses = (part[chosen.to(part.device)] for part in parts)
+        broken = {new: self.broken[old] for new, old in enumerate(positions) if old in self.broken}
+        return Values(initial, shift, mlp, losses, broken)
+
+    @staticmethod
+    def join(parts: Sequence[Values]) -> Values:
+        """The values of several lots of facts, one lot after the other."""
+        broken, count = {}, 0
+        for part in parts:
+            broken.update({count + position: reason for position, reason in part.broken.items()})
+            count += len(part.initial)
+        tensors = zip(*((part.initial, part.shift, part.mlp, part.losses) for part in parts), strict=True)
+        initial, shift, mlp, losses = (torch.cat(each) for each in tensors)
+        return Values(initial, shift, mlp, losses, broken)
 
     @property
     def final_loss(self) -> Tensor:
@@ -99,12 +122,12 @@ def optimise_values(
         micro_batch: facts optimised together; None chooses by free memory.
         show_progress: see :func:`fastedit.progress.progress`.
 
-    Raises:
-        NumericalError: a loss is not finite; names the fact.
+    A fact whose loss stops being finite is reported in :attr:`Values.broken`; the others are not affected.
     """
     n, hidden = len(rows), runner.description.hidden_size
     device = runner.device
     values = Values(
+        torch.zeros(n, hidden, device=device),
         torch.zeros(n, hidden, device=device),
         torch.zeros(n, hidden, device=device),
         torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64),
@@ -186,7 +209,7 @@ def _optimise_together(
             now = torch.stack((loss, nll, kl, decay), 1).detach().double()
             losses[live, step] = torch.where(done[:, None], losses[live, step], now)
             broken[live] |= ~done & ~now.isfinite().all(1)
-            done |= now[:, 0] < objective.stop_loss
+            done |= (now[:, 0] < objective.stop_loss) | broken[live]
             last = step == objective.steps - 1
             if last or (step % 4 == 0 and bool(done.all())):
                 break
@@ -204,13 +227,11 @@ def _optimise_together(
             batch = _prepare(runner, rows, chosen, recorded, live, objective)
             done = torch.zeros(len(live), dtype=torch.bool, device=shift.device)
 
-    losses = losses.cpu()
     for position in broken.nonzero().flatten().tolist():
-        raise NumericalError(
-            f"the loss of fact {chosen[position]} ({facts[chosen[position]].text!r}) is not finite: "
-            "lower the learning rate or the clamp, or use a wider dtype"
-        )
+        values.broken[chosen[position]] = "its loss stopped being finite"
+    losses = losses.cpu()
     values.initial[chosen] = initial.to(values.initial.device)
+    values.mlp[chosen] = _mlp_contribution(runner, recorded.mlp[first], objective).to(values.mlp.device)
     values.shift[chosen] = shift.to(values.shift.device)
     values.losses[chosen] = losses
 
@@ -353,6 +374,15 @@ def _reaching(runner: BlockRunner, batch: _Rows, delta: Tensor, objective: Value
     with torch.no_grad():
         before = norm(base.to(batch.states.dtype)).float()
     return norm((base + rows).to(batch.states.dtype)).float() - before
+
+
+@torch.no_grad()
+def _mlp_contribution(runner: BlockRunner, mlp: Tensor, objective: ValueObjective) -> Tensor:
+    """What is added to the residual stream when the block's MLP puts out ``mlp``, in fp32."""
+    norm = runner.description.post_mlp_norm(objective.layer)
+    if objective.at_mlp:
+        return mlp.float()
+    return (mlp if norm is None else norm(mlp)).float() * runner.description.residual_scale
 
 
 def _micro_batches(

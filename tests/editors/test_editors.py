@@ -10,52 +10,17 @@ import pytest
 import torch
 from model_configs import FAMILIES, skip_old_layout, tiny_model, tiny_tokenizer
 from oracle import memit, optimise_one
+from tiny import CONTEXTS, FACTS, QUICK, bits, make, moments, same_bits, target_loss
 
 import fastedit
 from fastedit import Fact, InvalidFact, NumericalError, UnsupportedModel
 from fastedit.editors import methods
 from fastedit.editors.prompts import fact_rows
-from fastedit.models import describe
 from fastedit.models.runner import frozen
-
-FACTS = [
-    Fact("The capital of {} is", "France", "Lyon"),
-    Fact("{} plays the", "Miles Davis", "violin"),
-    Fact("The mother tongue of {} is", "Danielle Darrieux", "English"),
-]
-CONTEXTS = ["{}", "The thing. {}", "Because of this. {}"]
-QUICK = {"steps": 6}
-
-
-def moments(model: Any) -> dict[int, torch.Tensor]:
-    """Some positive definite statistics for every layer."""
-    description = describe(model)
-    generator = torch.Generator().manual_seed(5)
-    result = {}
-    for layer in range(description.n_layers):
-        d = description.projection(layer).d_in
-        sample = torch.randn(d, 4 * d, generator=generator)
-        result[layer] = sample @ sample.T / (4 * d)
-    return result
-
-
-def make(method: str, model: Any, **options: Any) -> Any:
-    options.setdefault("params", QUICK)
-    options.setdefault("statistics", moments(model))
-    options.setdefault("contexts", CONTEXTS)
-    return fastedit.editor(method, model, tiny_tokenizer(), **options)
-
-
-def bits(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same_bits(model: Any, before: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", [method for method in methods() if method != "ultraedit"])
 def test_edit_makes_targets_likelier_and_reverts_to_the_bits(method: str, family: str) -> None:
     model = tiny_model(family)
     before = bits(model)
@@ -70,6 +35,19 @@ def test_edit_makes_targets_likelier_and_reverts_to_the_bits(method: str, family
     assert len(changed) == len(edit.factors)
     for outcome in edit.measured["facts"]:
         assert outcome["nll_optimised"] < outcome["nll_before"]
+    edit.revert()
+    assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_ultraedit_makes_targets_likelier_and_reverts_to_the_bits(family: str) -> None:
+    model = tiny_model(family)
+    before, loss = bits(model), target_loss(model, FACTS)
+    try:
+        edit = make("ultraedit", model, params={"lr": 3e-3}).edit(FACTS)
+    except UnsupportedModel as error:
+        skip_old_layout(error)
+    assert target_loss(model, FACTS) < loss
     edit.revert()
     assert same_bits(model, before)
 

@@ -9,7 +9,7 @@ import torch
 from model_configs import FAMILIES, skip_old_layout, tiny_model, tiny_tokenizer
 from oracle import optimise_one
 
-from fastedit import Fact, NumericalError, UnsupportedModel
+from fastedit import Fact, UnsupportedModel
 from fastedit.editors.prompts import fact_rows
 from fastedit.editors.values import ValueObjective, Values, optimise_values
 from fastedit.models.runner import BlockRunner, frozen
@@ -96,9 +96,9 @@ def test_half_precision_models_keep_fp32_targets() -> None:
     assert cosine.min() > 0.9
 
 
-def test_a_loss_that_is_not_finite_names_the_fact() -> None:
+def test_a_loss_that_is_not_finite_is_reported() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    with pytest.raises(NumericalError, match="France"):
-        run(model, ValueObjective(layer=0, steps=3), FACTS[:1])
+    _, values = run(model, ValueObjective(layer=0, steps=3), FACTS[:1])
+    assert values.broken == {0: "its loss stopped being finite"}

@@ -1,0 +1,269 @@
+"""Edits per second, end to end and by stage: fastedit against the way the published code works.
+
+    python bench/editing.py                              GPT-2-small shape with random weights, and the demo model
+    python bench/editing.py --models demo --methods memit nse --batch-sizes 10
+    python bench/editing.py --facts 100 --official-facts 20
+
+Both sides get the same model, facts, contexts, statistics and hyper-parameters, in float32. The change of the weights
+by the first batch is compared before anything is timed. The published way's cost per fact does not depend on how many
+facts there are, so it is timed on fewer of them (--official-facts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastedit
+from fastedit import Fact
+from fastedit.bench import common
+from fastedit.bench.baselines.locate_then_edit import Published
+from fastedit.demo import load_demo_facts, load_demo_model
+from fastedit.models import describe
+
+CONTEXTS = (
+    "{}", "The thing. {}", "Therefore it is so. {}", "Because of this. {}", "I think about it. {}",
+    "You know that. {}",
+)  # fmt: skip
+METHODS = ("memit", "alphaedit", "nse", "rome")
+MODELS = ("gpt2-small-shape", "demo")
+LAYERS = {"gpt2-small-shape": (3, 4, 5, 6, 7), "demo": (0, 1, 2)}
+COLUMNS = (
+    "model", "method", "batch", "earlier_edits", "facts_per_s", "official_facts_per_s", "speedup", "difference",
+    "targets_s", "keys_s", "solve_s", "apply_s", "official_targets_s", "official_keys_s", "official_solve_s",
+    "official_apply_s", "solve_speedup", "state_mb", "official_state_mb",
+)  # fmt: skip
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A model in float32 and a tokenizer."""
+    demo, tokenizer = load_demo_model()
+    if name == "demo":
+        return demo, tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(bos_token_id=0, eos_token_id=0)  # 12 blocks, 768 wide, 50,257 words
+    return GPT2LMHeadModel(config).eval(), tokenizer
+
+
+def counterfacts(count: int) -> list[Fact]:
+    """Facts of the demo model, each with another answer of its relation as the new one."""
+    facts = load_demo_facts()
+    rows = [facts[(17 * i) % len(facts)] for i in range(len(facts))]
+    chosen = [row for row in rows if row["neighbours"]][:count]
+    return [Fact(row["prompt"], row["subject"], row["neighbours"][0]["target"]) for row in chosen]
+
+
+def statistics(model: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Second moments of random, ill-conditioned keys of the size that the layers see."""
+    found = {}
+    for layer in layers:
+        d = describe(model).projection(layer).d_in
+        generator = torch.Generator().manual_seed(layer)
+        spread = torch.logspace(0, -2, d)
+        sample = torch.randn(3 * d, d, generator=generator) * spread
+        found[layer] = sample.T @ sample / (3 * d)
+    return found
+
+
+def settings(model: str, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hyper-parameters by our names and by the published ones."""
+    layers = list(LAYERS[model])
+    layers = layers[:1] if method == "rome" else layers
+    ours: dict[str, Any] = {
+        "layers": tuple(layers),
+        "steps": 20,
+        "lr": 0.1,
+        "clamp": 0.75,
+        "weight_decay": 0.5,
+    }
+    theirs: dict[str, Any] = {
+        "layers": layers, "v_num_grad_steps": 20, "v_lr": 0.1, "clamp_norm_factor": 0.75, "v_weight_decay": 0.5,
+        "kl_factor": 0.0625,
+    }  # fmt: skip
+    if method in ("memit", "nse"):
+        ours["covariance_weight"] = theirs["mom2_update_weight"] = 100.0
+    if method == "alphaedit":
+        ours |= {"null_threshold": 1e-2, "ridge": 1.0}
+        theirs |= {"nullspace_threshold": 1e-2, "L2": 1.0}
+    if method == "nse":
+        ours |= {"tolerance": 0.0, "upper_bound": 1e9, "max_sweeps": 3, "mass": 0.8}
+        theirs |= {"alpha": 0.0, "upper_bound": 1e9, "max_iterations": 3, "neuron_threshold": 0.8}
+    return ours, theirs
+
+
+class Ours:
+    """fastedit's editor, with keys of earlier edits put beneath it."""
+
+    def __init__(self, name: str, method: str, model: Any, tokenizer: Any, moments: Any, past: dict) -> None:
+        self.editor = fastedit.editor(
+            method, copy.deepcopy(model), tokenizer, params=settings(name, method)[0], statistics=moments,
+            contexts=CONTEXTS, profile="official", progress=False,
+        )  # fmt: skip
+        self.editor.prepare()
+        if past and self.editor.remembers:
+            self.editor.history.add("", past)
+        self.seconds: dict[str, float] = {}
+
+    def edit(self, facts: Sequence[Fact]) -> None:
+        edit = self.editor.edit(facts)
+        for stage, seconds in edit.measured["seconds"].items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def weight(self, layer: int) -> Tensor:
+        projection = self.editor.description.projection(layer)
+        return projection.weight.data.T if projection.transposed else projection.weight.data
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.editor.history.bytes_per_layer.values())
+
+
+class Official:
+    """The published way; what it computes once for a run is computed before it is timed."""
+
+    def __init__(self, name: str, method: str, model: Any, tokenizer: Any, moments: Any, past: dict) -> None:
+        self.method = method
+        self.published = Published(
+            copy.deepcopy(model), copy.deepcopy(tokenizer), settings(name, method)[1], CONTEXTS, moments
+        )
+        for layer, keys in past.items():
+            self.published.cache[layer] = keys @ keys.T
+        if method == "alphaedit":
+            self.published.project()
+        if method == "rome":
+            self.published.inverse(self.published.layers[0])
+
+    def edit(self, facts: Sequence[Fact]) -> None:
+        if self.method == "nse":  # no earlier edit has changed the weights the first time
+            self.published.nse(facts, self.published.targets_of(facts))
+        else:
+            getattr(self.published, self.method)(facts)
+
+    def weight(self, layer: int) -> Tensor:
+        return self.published.weight(layer)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.published.seconds
+
+    @property
+    def state_bytes(self) -> int:
+        kept = {**self.published.cache} if self.method in ("alphaedit", "nse") else {}
+        projectors = self.published.projectors if self.method == "alphaedit" else {}
+        return sum(t.nbytes for t in (*kept.values(), *projectors.values()))
+
+
+def difference(first: Any, second: Any, before: dict[int, Tensor]) -> float:
+    """Largest relative difference between two changes of a weight."""
+    worst = 0.0
+    for layer, weight in before.items():
+        ours, theirs = first.weight(layer) - weight, second.weight(layer) - weight
+        worst = max(worst, ((ours - theirs).norm() / theirs.norm()).item())
+    return worst
+
+
+def timed(side: Any, batches: Sequence[Sequence[Fact]]) -> float:
+    side.seconds.clear()
+    start = time.perf_counter()
+    for batch in batches:
+        side.edit(batch)
+    return time.perf_counter() - start
+
+
+def measure(name: str, method: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = load(name)
+    layers = settings(name, method)[0]["layers"]
+    moments = statistics(model, layers)
+    generator = torch.Generator().manual_seed(9)
+    past = {
+        layer: torch.randn(len(moments[layer]), options.earlier, generator=generator)
+        * moments[layer].diagonal().sqrt()[:, None]
+        for layer in layers
+        if options.earlier and method in ("alphaedit", "nse")
+    }
+    given = (name, method, model, tokenizer, moments, past)
+    facts = counterfacts(options.facts)
+    ours, official = Ours(*given), Official(*given)
+    before = {layer: ours.weight(layer).clone() for layer in layers}
+    first = facts[: min(batch, options.official_facts)]
+    ours.edit(first)
+    official.edit(first)
+    found = difference(ours, official, before)
+    if not found < 2e-2:
+        raise SystemExit(
+            f"{name} {method}: the changes of the weights differ by {found:.2g}: nothing was timed"
+        )
+    ours, official = Ours(*given), Official(*given)
+    ours.edit(facts[-2:])  # pages, threads, factors of the history
+    ours = Ours(*given)
+    taken = timed(ours, [facts[i : i + batch] for i in range(0, len(facts), batch)])
+    few = facts[: options.official_facts]
+    taken_officially = timed(official, [few[i : i + batch] for i in range(0, len(few), batch)])
+    rate, official_rate = len(facts) / taken, len(few) / taken_officially
+    row: dict[str, Any] = {
+        "model": name, "method": method, "batch": batch, "earlier_edits": options.earlier if past else 0,
+        "facts_per_s": rate, "official_facts_per_s": official_rate, "speedup": rate / official_rate,
+        "difference": found, "state_mb": ours.state_bytes / 2**20, "official_state_mb": official.state_bytes / 2**20,
+    }  # fmt: skip
+    for stage in ("targets", "keys", "solve", "apply"):
+        row[f"{stage}_s"] = ours.seconds.get(stage, 0.0) / len(facts)
+        row[f"official_{stage}_s"] = official.seconds.get(stage, 0.0) / len(few)
+    # a solve is per batch, and the last batch of fewer facts costs the published way as much as a full one
+    solves = -(-len(facts) // batch), -(-len(few) // batch)
+    theirs = official.seconds.get("solve", 0.0) + official.seconds.get("state", 0.0)
+    row["solve_speedup"] = (theirs / solves[1]) / max(ours.seconds.get("solve", 0.0) / solves[0], 1e-9)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--facts", type=int, default=100, help="facts that fastedit edits")
+    parser.add_argument("--official-facts", type=int, default=20, help="facts that the published way edits")
+    parser.add_argument(
+        "--earlier", type=int, default=1000, help="edits that lie beneath already (AlphaEdit, NSE)"
+    )
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        for method in options.methods:
+            for batch in [1] if method == "rome" else options.batch_sizes:
+                print(f"{name} {method}, batches of {batch}", file=sys.stderr)
+                rows.append(measure(name, method, batch, options))
+                print(json.dumps(rows[-1]), file=sys.stderr)
+    about = common.machine("cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "editing_cpu.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *about], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: common.text(value) for key, value in {**row, **about}.items()})
+    if options.json:
+        print(json.dumps({"machine": about, "rows": rows}, indent=1))
+        return
+    shown = (*COLUMNS[:8], "targets_s", "official_targets_s", "solve_speedup")
+    lines = [shown, *(tuple(common.text(row[c]) for c in shown) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines))
+
+
+if __name__ == "__main__":
+    main()
