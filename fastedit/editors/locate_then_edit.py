@@ -27,7 +27,7 @@ from ..ops import CovarianceFactor
 from .base import Editor
 from .history import KeyHistory
 from .prompts import FactRows, fact_rows
-from .restraint import anchor_norm, rect, reference_norm
+from .restraint import anchor_norm, prune, rect, reference_norm
 from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts
@@ -329,6 +329,35 @@ class LocateThenEdit(Editor):
             raise NumericalError("no target of these facts could be optimised: there is no norm to measure")
         chosen = values.select(usable)
         return reference_norm(chosen.mlp + chosen.shift)
+
+    def prune(self) -> Edit | None:
+        """Bound the singular values of all that edits have changed in this editor's layers (PRUNE).
+
+        Meant for the end of a sequence.
+
+        Returns:
+            The edit that does it, applied; None if no singular value is above the bound.
+        """
+        stack = stack_of(self.model)
+        factors = {}
+        for layer, name in zip(self.params.layers, self.weight_names, strict=True):
+            original = stack.original(name)
+            changes = [edit.change(name) for edit in stack.edits if name in edit.weight_names]
+            if original is None or not changes:
+                continue
+            if any(change.dense is not None for change in changes):
+                raise ValueError(f"prune: the edits of {name} are not all of low rank")
+            total = LowRank.sum([change.low_rank for change in changes if change.low_rank is not None])
+            if self.description.projection(layer).transposed:
+                original = original.T
+            correction = prune(total, original.to(total.left.device))
+            if correction is not None:
+                factors[name] = correction
+        if not factors:
+            return None
+        facts = [fact for edit in stack.edits for fact in edit.facts]
+        edit = Edit(method="prune", facts=facts, factors=factors, seed=self.seed, profile=self.profile)
+        return edit.apply(self.model)
 
     # -- state --------------------------------------------------------------------------------------
 

@@ -82,7 +82,6 @@ class Nse(MemitCache):
         checked = [fact for fact in validate_facts(facts) if (fact.text, fact.target) not in self._targets]
         if not checked:
             return
-        self._keep_originals()
         with frozen(self.model):
             rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
             values = self._optimised(checked, rows)
@@ -101,6 +100,7 @@ class Nse(MemitCache):
         return Values.join([found[i] for i in range(len(facts))])
 
     def _optimised(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
+        self._keep_originals()
         with self._rewound():
             return super().targets(facts, rows)
 
