@@ -188,10 +188,10 @@ def _gather_square_kernel(
     tl.store(out_ptr + place, values, mask=(r < S)[:, None] & (c < S)[None, :])
 
 
-# Elements of a row that one program keeps in registers, by bytes of the search pattern. Chosen for no
-# spills with Triton 3.6 and 3.9 (tests/compile/test_triton.py), not by timing.
-_HELD = {4: 16384, 8: 8192}
-_CHUNK = 4096  # of a row that is read piece by piece
+# Elements of a row that one program keeps in registers, and of the pieces in which it reads a longer one. Chosen for
+# no spills with Triton 3.9 (tests/compile/test_triton.py), not by timing.
+_HELD = 8192
+_CHUNK = 4096
 _LOW_BITS = {
     torch.bfloat16: 16,
     torch.float16: 13,
@@ -200,9 +200,9 @@ _LOW_BITS = {
 }  # zero in every pattern
 
 
-def configuration(d, dtype):
+def configuration(d):
     """Whether a row of d scores is held, the block, the chunk, and the warps."""
-    held = d <= _HELD[8 if dtype == torch.float64 else 4]
+    held = d <= _HELD
     whole = max(16, triton.next_power_of_2(d))
     block = whole if held else _CHUNK
     return held, block, min(whole, _CHUNK), min(16, max(1, block // 256))
@@ -230,7 +230,7 @@ def neuron_select_triton(scores, mass, prefix, mask, indices, counts):
         return
     if n_rows == 0:
         return
-    held, block, chunk, warps = configuration(d, scores.dtype)
+    held, block, chunk, warps = configuration(d)
     double = scores.dtype == torch.float64
     with torch.cuda.device_of(scores):
         _neuron_select_kernel[(n_rows,)](

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 VARIANTS = {  # name: (kernel, dtype, d, rule)
-    "fp32": ("select", "fp32", 14336, "at_least"),
-    "fp32_prefix": ("select", "fp32", 14336, "prefix"),
-    "fp32_long": ("select", "fp32", 40000, "at_least"),
+    "fp32": ("select", "fp32", 6400, "at_least"),
+    "fp32_prefix": ("select", "fp32", 6400, "prefix"),
+    "fp32_long": ("select", "fp32", 14336, "at_least"),
     "fp32_small": ("select", "fp32", 768, "at_least"),
     "bf16": ("select", "bf16", 6400, "at_least"),
     "fp16": ("select", "fp16", 6400, "prefix"),
@@ -18,7 +18,7 @@ VARIANTS = {  # name: (kernel, dtype, d, rule)
     "gather_bf16": ("gather", "bf16", 14336, ""),
     "gather_fp64": ("gather", "fp64", 14336, ""),
 }
-QUICK = ("fp32", "fp64_long")
+QUICK = ("fp32_long",)
 
 
 def launch(architecture, variant):
@@ -41,7 +41,7 @@ def launch(architecture, variant):
         }  # fmt: skip
         return module._gather_square_kernel, arguments, ("matrix_ptr", "indices_ptr", "out_ptr"), 4, 3
     torch_dtype = getattr(torch, DTYPES[dtype])
-    held, block, chunk, warps = module.configuration(d, torch_dtype)
+    held, block, chunk, warps = module.configuration(d)
     arguments = {
         "scores_ptr": "*" + dtype, "mask_ptr": "*u8", "indices_ptr": "*i32", "counts_ptr": "*i32", "D": "i32",
         "stride_row": "i32", "GRID": "i32", "mass_bits": "i64", "ALL": False, "PREFIX": rule == "prefix",
