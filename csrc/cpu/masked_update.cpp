@@ -6,8 +6,8 @@
 // multiplied out into such a buffer from panels of 32 columns of `right`. So the steps themselves know nothing but runs
 // of fp32 in memory and a word of mask bits for every 64 of them.
 //
-// Adam gathers the selected entries of a run side by side with the moments, which lie so in memory already, updates
-// all lanes, and scatters the result: square roots and divisions only for what is selected.
+// Adam gathers the selected entries of a run side by side, as their moments lie in memory already, updates all lanes,
+// and scatters the result: square roots and divisions only for what is selected.
 //
 // Memory: the parameter read and written, the gradient, clamp_to and the moments of selected entries, once each. Every
 // entry's arithmetic is the same for any number of threads and any way the matrix is cut up.
@@ -31,6 +31,7 @@ constexpr int64_t task_entries = 16 * mask_block;
 constexpr int64_t panel_width = 32;
 constexpr int tile_rows = 8;
 constexpr int64_t line_floats = 16;
+constexpr int64_t few = 6;  // under one entry in so many, fetching each is faster than looking at all (measured)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -271,27 +272,70 @@ FASTEDIT_AVX512 FASTEDIT_INLINE void scatter_avx512(const Run& run, const AdamSt
   }
 }
 
-FASTEDIT_AVX512 int64_t adam_avx512(const Run& run, const AdamStep& step) {
-  const int64_t count = gather_avx512(run);
-  const __m512 first_rate = _mm512_set1_ps(step.first_rate), second = _mm512_set1_ps(step.second);
-  const __m512 second_rate = _mm512_set1_ps(step.second_rate), rate = _mm512_set1_ps(step.rate);
-  const __m512 correction = _mm512_set1_ps(step.correction), eps = _mm512_set1_ps(step.eps);
-  const __m512 gradient_decay = _mm512_set1_ps(step.gradient_decay);
-  const __m512 weight_decay = _mm512_set1_ps(step.weight_decay);
+struct AdamLanes {
+  __m512 first_rate, second, second_rate, rate, correction, eps, gradient_decay, weight_decay;
+};
+
+FASTEDIT_AVX512 FASTEDIT_INLINE AdamLanes lanes_of(const AdamStep& step) {
+  return {_mm512_set1_ps(step.first_rate), _mm512_set1_ps(step.second),     _mm512_set1_ps(step.second_rate),
+          _mm512_set1_ps(step.rate),       _mm512_set1_ps(step.correction), _mm512_set1_ps(step.eps),
+          _mm512_set1_ps(step.gradient_decay), _mm512_set1_ps(step.weight_decay)};
+}
+
+// The new values of 16 selected entries, fewer at the end; `at` is the place of their moments.
+FASTEDIT_AVX512 FASTEDIT_INLINE __m512 adam_16(const AdamStep& step, const AdamLanes& k, __m512 w, __m512 g,
+                                               const Run& run, int64_t at, __mmask16 there) {
+  if (step.gradient_decay != 0) g = _mm512_fmadd_ps(k.gradient_decay, w, g);
+  if (step.scope != DecayScope::none) w = _mm512_fnmadd_ps(k.weight_decay, w, w);
+  __m512 m = _mm512_maskz_loadu_ps(there, run.first + at), v = _mm512_maskz_loadu_ps(there, run.second + at);
+  m = _mm512_fmadd_ps(k.first_rate, _mm512_sub_ps(g, m), m);
+  v = _mm512_fmadd_ps(k.second, v, _mm512_mul_ps(_mm512_mul_ps(k.second_rate, g), g));
+  _mm512_mask_storeu_ps(run.first + at, there, m);
+  _mm512_mask_storeu_ps(run.second + at, there, v);
+  const __m512 below = _mm512_fmadd_ps(_mm512_sqrt_ps(v), k.correction, k.eps);
+  return _mm512_sub_ps(w, _mm512_div_ps(_mm512_mul_ps(k.rate, m), below));
+}
+
+// The places of the selected entries of a run. Eight at a time, wanted or not: how many there are cannot be predicted.
+FASTEDIT_AVX512 FASTEDIT_INLINE void list_avx512(const Run& run, int32_t* out) {
+  int64_t count = 0;
+  for (int64_t start = 0; start < run.n; start += word_bits) {
+    uint64_t word = run.bits[start / word_bits];
+    const int n = __builtin_popcountll(word);
+    for (int done = 0; done < n; done += 8)
+      for (int i = 0; i < 8; ++i, word &= word - 1) out[count + done + i] = int32_t(start + __builtin_ctzll(word));
+    count += n;
+  }
+}
+
+// Few selected entries: fetched one by one.
+FASTEDIT_AVX512 FASTEDIT_INLINE void adam_listed_avx512(const Run& run, const AdamStep& step, int64_t count) {
+  const AdamLanes lanes = lanes_of(step);
+  const auto* list = reinterpret_cast<const int32_t*>(run.packed_g);
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 there = lanes_of(count - i);
-    __m512 w = _mm512_loadu_ps(run.packed_w + i), g = _mm512_loadu_ps(run.packed_g + i);
-    if (step.gradient_decay != 0) g = _mm512_fmadd_ps(gradient_decay, w, g);
-    if (step.scope != DecayScope::none) w = _mm512_fnmadd_ps(weight_decay, w, w);
-    __m512 m = _mm512_maskz_loadu_ps(there, run.first + i), v = _mm512_maskz_loadu_ps(there, run.second + i);
-    m = _mm512_fmadd_ps(first_rate, _mm512_sub_ps(g, m), m);
-    v = _mm512_fmadd_ps(second, v, _mm512_mul_ps(_mm512_mul_ps(second_rate, g), g));
-    _mm512_mask_storeu_ps(run.first + i, there, m);
-    _mm512_mask_storeu_ps(run.second + i, there, v);
-    const __m512 below = _mm512_fmadd_ps(_mm512_sqrt_ps(v), correction, eps);
-    _mm512_storeu_ps(run.packed_w + i, _mm512_sub_ps(w, _mm512_div_ps(_mm512_mul_ps(rate, m), below)));
+    const __m512i at = _mm512_maskz_loadu_epi32(there, list + i);
+    const __m512 w = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, at, run.w, 4);
+    const __m512 g = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, at, run.g, 4);
+    _mm512_mask_i32scatter_ps(run.w, there, at, adam_16(step, lanes, w, g, run, i, there), 4);
   }
-  if (count || touches_all(step.scope, run.clamp_to)) scatter_avx512(run, step);
+}
+
+FASTEDIT_AVX512 int64_t adam_avx512(const Run& run, const AdamStep& step) {
+  const bool dense = touches_all(step.scope, run.clamp_to);
+  int64_t count = count_bits(run.bits, words_for(run.n));
+  if (!dense && count < run.n / few) {
+    list_avx512(run, reinterpret_cast<int32_t*>(run.packed_g));
+    adam_listed_avx512(run, step, count);
+    return count;
+  }
+  count = gather_avx512(run);
+  const AdamLanes lanes = lanes_of(step);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 w = _mm512_loadu_ps(run.packed_w + i), g = _mm512_loadu_ps(run.packed_g + i);
+    _mm512_storeu_ps(run.packed_w + i, adam_16(step, lanes, w, g, run, i, lanes_of(count - i)));
+  }
+  if (count || dense) scatter_avx512(run, step);
   return count;
 }
 
@@ -765,9 +809,9 @@ MaskedPlan plan_masked_update(const TensorView& param, const Gradient& grad, con
   const bool by_rows = column_stride(param) == 1 && (!clamp_to || column_stride(*clamp_to) == 1) &&
                        (grad.right || column_stride(*grad.left) == 1);
   if (grad.right) {
-    plan.rows = 64;
-    plan.columns = 128;
-    plan.task_rows = 64;
+    const bool thin = grad.left->shape[1] <= 64;  // the packed factor stays in the cache, so rows may be long
+    plan.rows = plan.task_rows = thin ? 16 : 64;
+    plan.columns = thin ? 512 : 128;
   } else if (by_rows) {
     plan.task_columns = std::min(n_columns, task_entries);
     plan.task_rows = std::max<int64_t>(1, task_entries / n_columns);

@@ -360,7 +360,7 @@ def masked_adam_(
     >>> state = MaskedAdamState(param, mask)
     >>> masked_adam_(param, torch.ones(64, 64), mask, state, lr=0.5)
     >>> state, param.unique().tolist()
-    (MaskedAdamState(403 of 4096 entries, step 1), [-0.5, 0.0])
+    (MaskedAdamState(393 of 4096 entries, step 1), [-0.5, 0.0])
     """
     op = "masked_adam_"
     dense = clamp_to is not None or (decoupled and weight_decay != 0 and decay_scope == "all")
