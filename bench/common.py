@@ -33,7 +33,12 @@ COLUMNS = (
     "op", "device", "shape", "dtype", "provider", "p50_ms", "p20_ms", "p80_ms", "gb_per_s", "tflop_per_s",
     "fraction_of_limit", "speedup_vs_best_other", "error", "note",
 )  # fmt: skip
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 # ---- a benchmark ----------------------------------------------------------------------------------------

@@ -40,8 +40,7 @@ namespace cpu {
 struct LowRankPlan {
   Isa isa;
   int threads;
-  int64_t block_columns;  // stored columns whose packed factor stays in cache while rows stream past it
-  int64_t block_rows;     // stored rows in a task
+  int64_t block_rows, block_columns;  // of the stored weight, in a task
   size_t workspace_bytes;
 };
 

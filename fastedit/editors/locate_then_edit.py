@@ -27,7 +27,7 @@ from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
 from .base import Editor
 from .prompts import FactRows, fact_rows
-from .solve import CovarianceFactor
+from ..ops.solve import CovarianceFactor
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts
 from .values import ValueObjective, Values, optimise_values

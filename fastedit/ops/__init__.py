@@ -6,14 +6,19 @@ the same operations for graphs and other libraries.
 
 from .backend import use_backend
 from .covariance import CovarianceAccumulator, covariance_, covariance_reference
-from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .low_rank import low_rank_update_, low_rank_update_reference
+from .solve import CovarianceFactor, DualSolver, Projector, RidgeSolver, ridge_factors
 
 __all__ = [
     "CovarianceAccumulator",
+    "CovarianceFactor",
     "DualSolver",
+    "Projector",
+    "RidgeSolver",
     "covariance_",
     "covariance_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "ridge_factors",
     "use_backend",
 ]

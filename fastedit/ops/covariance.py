@@ -269,14 +269,14 @@ for _name, _one, _device, _dtypes in (
 
 
 class CovarianceAccumulator:
-    """The second moment of a long stream of tokens that comes in small batches: Σ x xᵀ and the number of tokens.
+    """The second moment of a long stream of tokens that comes in small batches: Σ x xᵀ, and how many.
 
-    Tokens are copied into a buffer, and go into the d × d sum when it is full. To read and write that sum takes
-    a traffic of 3 d² numbers however few tokens are added: without a buffer, most of the time of a stream of
+    Tokens are copied into a buffer, and go into the d × d sum when it is full. To read and write that sum
+    takes a traffic of 3 d² numbers however few tokens are added: without a buffer, most of the time of a stream of
     small batches. A batch that would fill the buffer by itself is added without being copied.
 
-    Error: a buffer's products are summed in float32 (float64 for float64 tokens), about 1e-6 relative at most,
-    and added to the sum in its dtype. A float64 sum adds nothing to that, however long the stream. A float32
+    Error: a buffer's products are summed in float32 (float64 for float64 tokens), about 1e-6 relative at
+    most, and added to the sum in its dtype. A float64 sum adds nothing to that, however long the stream. A float32
     sum is rounded once for every full buffer, each time by at most 2⁻²⁴ of itself: about 1e-6 in all for 10^7
     tokens of ordinary data.
 
@@ -334,14 +334,14 @@ class CovarianceAccumulator:
 
         Raises:
             ValueError: shapes or devices that do not fit.
-            TypeError: a dtype that :func:`covariance_` does not take, or another than that of earlier batches.
+            TypeError: a dtype that :func:`covariance_` does not take, or not that of earlier batches.
         """
         check.is_tensor("CovarianceAccumulator", x=x, **({} if mask is None else {"mask": mask}))
         _check(self._total, x, mask, self.precision)
         if self._rows is not None and x.dtype != self._rows.dtype:
             raise TypeError(
-                f"CovarianceAccumulator: x must be {check.name_of(self._rows.dtype)} like the batches before, "
-                f"got {check.name_of(x.dtype)}"
+                f"CovarianceAccumulator: x must be {check.name_of(self._rows.dtype)} like the batches "
+                f"before, got {check.name_of(x.dtype)}"
             )
         rows = x.detach().reshape(math.prod(x.shape[:-1]), self.d)
         keep = None if mask is None else mask.reshape(len(rows))

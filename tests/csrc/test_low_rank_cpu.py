@@ -11,7 +11,7 @@ _C = pytest.importorskip("fastedit._C", reason="fastedit._C was not built", exc_
 ORDER = ["scalar", "avx2", "avx512", "avx512_bf16"]
 ISAS = ORDER[: ORDER.index(_C.info()["cpu_isa"]) + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# (d_out, d_in, rank) around tiles of 8 x 32, tasks of 32 rows, the change of loop order at rank 128
+# (d_out, d_in, rank) around tiles of 12 x 32, tasks of 96 rows, runs of 256 steps
 SHAPES = [
     (1, 1, 1),
     (7, 5, 3),
@@ -21,6 +21,8 @@ SHAPES = [
     (31, 33, 200),
     (100, 300, 2),
     (8, 32, 1024),
+    (25, 70, 600),
+    (12, 64, 257),
 ]
 IDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
@@ -111,6 +113,36 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, stochastic):
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert len(set(norms)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=IDS.get)
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("carry", [False, True], ids=["fresh", "carried"])
+@pytest.mark.parametrize(
+    "shape", [(7, 5, 3), (33, 65, 17), (24, 64, 300)], ids=lambda s: "x".join(map(str, s))
+)
+def test_residual_is_what_rounding_took(isa, shape, dtype, stochastic, carry):
+    weight, left, right, exact = _problem(shape, dtype, False)
+    buffer = torch.full((shape[0] + 2, shape[1] + 3), float("nan"))
+    residual = buffer[1:-1, 2:-1]
+    if carry:
+        residual.copy_(torch.randn(shape[:2]) * 1e-3)
+        exact = exact + residual
+    plain = weight.clone()
+    _C.low_rank_update(weight, left, right, 0.37, False, stochastic, 5, None, residual, carry, isa=isa)
+    assert relative_error(weight.double() + residual, exact) < 1e-6
+    assert int(buffer.isfinite().sum()) == residual.numel()
+    if not carry:
+        _C.low_rank_update(plain, left, right, 0.37, False, stochastic, 5, isa=isa)
+        assert torch.equal(plain, weight)
+
+
+def test_residual_of_what_is_not_finite_is_zero(isa):
+    weight = torch.tensor([[float("inf"), float("nan"), 65504.0, 1.0]], dtype=torch.float16)
+    residual = torch.full((1, 4), float("nan"))
+    update = torch.tensor([[1.0], [1.0], [100.0], [2.0**-20]])
+    _C.low_rank_update(weight, torch.ones(1, 1), update, 1.0, False, False, 0, None, residual, isa=isa)
+    assert residual.tolist() == [[0.0, 0.0, 0.0, 2.0**-20]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS.get)
@@ -225,5 +257,16 @@ def test_arguments_that_would_leave_memory_are_refused():
         _C.low_rank_update(weight.bool(), left, right)
     with pytest.raises(ValueError, match="out_norm: one element expected"):
         _C.low_rank_update(weight, left, right, 1.0, False, False, 0, torch.zeros(2))
+    half = torch.zeros(4, 6, dtype=torch.bfloat16)
+    for residual, match in (
+        (torch.zeros(6, 4), r"residual: shape \(4, 6\)"),
+        (torch.zeros(6, 4).T, "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            _C.low_rank_update(half, left, right, residual=residual)
+    with pytest.raises(TypeError, match="with a residual, bfloat16 or float16"):
+        _C.low_rank_update(weight, left, right, residual=torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="carry: needs a residual"):
+        _C.low_rank_update(half, left, right, carry=True)
     with pytest.raises(ValueError, match="right: 2 dimensions expected"):
         _C.low_rank_update(weight, left, right[:, 0])

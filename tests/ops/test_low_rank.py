@@ -1,4 +1,4 @@
-"""``low_rank_update_`` on every backend, the shared random words, and ``DualSolver``."""
+"""``low_rank_update_`` on every backend, and the shared random words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastedit
-from fastedit.ops import DualSolver, backend, low_rank_update_, low_rank_update_reference
+from fastedit.ops import backend, low_rank_update_, low_rank_update_reference
 from fastedit.ops.philox import philox, round_stochastically, runs_of_words, words
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -194,6 +194,76 @@ def test_real_sizes(name, d_out, d_in, rank, dtype):
     assert norm > 0
 
 
+# ---- the residual of rounding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(1, 1, 1), (17, 5, 3), (40, 36, 17)])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=lambda d: str(d).removeprefix("torch."))
+def test_weight_and_residual_are_the_float32_result(
+    served_by, device, dtype, d_out, d_in, rank, transposed, rounding
+):
+    weight, left, right = problem(d_out, d_in, rank, dtype, device, transposed)
+    target, _ = exact(weight, left, right, 0.7, transposed)
+    expected, expected_residual = weight.cpu().clone(), torch.empty(weight.shape)
+    options = {"transposed": transposed, "rounding": rounding, "seed": 4}
+    residual = torch.full(weight.shape, float("nan"), device=device)
+    low_rank_update_(weight, left, right, 0.7, residual=residual, **options)
+    assert relative_error(weight.cpu().double() + residual.cpu(), target) < 2e-6
+    low_rank_update_reference(expected, left.cpu(), right.cpu(), 0.7, residual=expected_residual, **options)
+    assert relative_error(expected.double() + expected_residual, target) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=lambda d: str(d).removeprefix("torch."))
+def test_carried_residuals_keep_the_sum_of_many_updates(served_by, device, dtype):
+    """Each update is far below half a unit; without the carry all of them are lost."""
+    weight = torch.ones(6, 7, dtype=dtype, device=device)
+    plain, residual = weight.clone(), torch.zeros(6, 7, device=device)
+    left, right = torch.full((6, 1), 2.0**-14, device=device), torch.ones(7, 1, device=device)
+    for _ in range(8):
+        low_rank_update_(weight, left, right, residual=residual, carry=True)
+        low_rank_update_(plain, left, right)
+    assert (plain == 1).all()
+    assert (weight.double() + residual == 1 + 8 * 2.0**-14).all()
+
+
+def test_residuals_of_any_stride(served_by, device):
+    left, right = random(9, 2, device=device, seed=2), random(6, 2, device=device, seed=3)
+    views = {
+        "both transposed": (
+            torch.zeros(6, 9, dtype=BF16, device=device).T,
+            torch.empty(6, 9, device=device).T,
+        ),
+        "one transposed": (torch.zeros(9, 6, dtype=BF16, device=device), torch.empty(6, 9, device=device).T),
+        "no contiguous dimension": (
+            torch.zeros(18, 12, dtype=BF16, device=device)[::2, ::2],
+            torch.empty(18, 12, device=device)[::2, ::2],
+        ),
+    }
+    for name, (weight, residual) in views.items():
+        low_rank_update_(weight, left, right, residual=residual)
+        assert relative_error((weight.float() + residual).cpu(), (left @ right.T).cpu()) < 2e-6, name
+
+
+def test_residual_with_nothing_to_add(served_by, device):
+    weight = random(5, 4, dtype=BF16, device=device)
+    before, residual = weight.clone(), torch.full((5, 4), float("nan"), device=device)
+    low_rank_update_(
+        weight, torch.ones(5, 0, device=device), torch.ones(4, 0, device=device), residual=residual
+    )
+    assert torch.equal(weight, before)
+    assert (residual == 0).all()
+
+
+def test_residual_of_what_is_not_finite_is_zero(served_by, device):
+    weight = torch.tensor([[float("inf"), float("nan"), 65504.0, 1.0]], dtype=FP16, device=device)
+    residual = torch.full((1, 4), float("nan"), device=device)
+    update = torch.tensor([[1.0], [1.0], [100.0], [2.0**-20]], device=device)
+    low_rank_update_(weight, torch.ones(1, 1, device=device), update, residual=residual)
+    assert residual.tolist() == [[0.0, 0.0, 0.0, 2.0**-20]]
+
+
 # ---- stochastic rounding --------------------------------------------------------------------------------
 
 
@@ -306,6 +376,13 @@ def test_wrong_arguments_are_named():
             (left, right),
             {"out_norm": torch.zeros(1, dtype=BF16)},
         ),
+        (
+            TypeError,
+            "weight, where a residual .*, must be .*, got float32",
+            (left, right),
+            {"residual": weight},
+        ),
+        (ValueError, "carry needs the residual", (left, right), {"carry": True}),
         (TypeError, "left must be .*, got int64", (left.long(), right), {}),
         (TypeError, "right must be a tensor, got NoneType", (left, None), {}),
         (ValueError, "right must be on cpu like weight, got meta", (left, right.to("meta")), {}),
@@ -316,7 +393,7 @@ def test_wrong_arguments_are_named():
         ValueError, match="lists must have one length, got 1 weight, 2 left, 1 right, 1 out_norm, 1 residual"
     ):
         low_rank_update_([weight], [left, left], [right])
-    with pytest.raises(TypeError, match="must be lists of tensors like weight"):
+    with pytest.raises(TypeError, match="left must be a list of tensors like weight"):
         low_rank_update_([weight], left, [right])
     assert torch.equal(weight, before)
 
@@ -332,6 +409,12 @@ def test_shared_memory_is_refused():
     weight = torch.zeros(6, 6)
     with pytest.raises(ValueError, match="weight is written and must not share memory with left"):
         low_rank_update_(weight, weight[:, :2], torch.ones(6, 2))
+    half = torch.zeros(6, 6, dtype=BF16)
+    with pytest.raises(ValueError, match="residual is written and must not share memory with left"):
+        square = torch.zeros(6, 6)
+        low_rank_update_(half, square[:, :2], torch.ones(6, 2), residual=square)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        low_rank_update_(half, torch.ones(6, 2), torch.ones(6, 2), residual=torch.zeros(6, 5))
     with pytest.raises(ValueError, match="several of its elements share one place"):
         low_rank_update_(torch.zeros(6).expand(6, 6), torch.ones(6, 2), torch.ones(6, 2))
 
@@ -384,140 +467,3 @@ def test_torch_and_the_automatic_choice_agree(d_out, d_in, rank, dtype, transpos
             with backend.use_backend(name):
                 low_rank_update_(out, left, right, alpha, transposed=transposed)
         assert relative_error(out, target) < {BF16: 5e-3, FP16: 6e-4, FP32: 1e-6}[dtype]
-
-
-# ---- DualSolver -----------------------------------------------------------------------------------------
-
-
-def batches(d=300, n_batches=6, n=17, condition=1e7, ridge=1.0, seed=0):
-    """Feature batches for which εI + G Gᵀ has about the given condition number at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    total = n_batches * n
-    left, _ = torch.linalg.qr(torch.randn(d, total, dtype=FP64, generator=generator))
-    right, _ = torch.linalg.qr(torch.randn(total, total, dtype=FP64, generator=generator))
-    values = torch.logspace(0, np.log10(np.sqrt(condition * ridge)), total, dtype=FP64)
-    return list((left * values @ right).split(n, dim=1))
-
-
-def dense(stored, batch, ridge):
-    d = batch.shape[0]
-    system = ridge * torch.eye(d, dtype=FP64) + batch @ batch.T
-    if stored:
-        system += torch.cat(stored, dim=1) @ torch.cat(stored, dim=1).T
-    return torch.linalg.solve(system, batch)
-
-
-@pytest.mark.parametrize("ridge", [1.0, 1e-3, 50.0])
-def test_dual_solve_equals_the_dense_solve_over_six_batches(ridge):
-    """LTE 8.1 for the kernel itself: d = 300, condition 1e7, six sequential batches, relative error < 1e-8."""
-    parts = batches(ridge=ridge)
-    solver = DualSolver(300, ridge)
-    residual = random(40, 17, seed=5).double()
-    for i, batch in enumerate(parts):
-        Y, factor = solver.solve(batch)
-        expected = dense(parts[:i], batch, ridge)
-        assert relative_error(Y @ torch.cholesky_inverse(factor), expected) < 1e-8
-        assert relative_error(solver.divide(residual, factor) @ Y.T, residual @ expected.T) < 1e-8
-        solver.append(batch)
-    features = torch.cat(parts, dim=1)
-    gram = ridge * torch.eye(features.shape[1], dtype=FP64) + features.T @ features
-    assert solver.rank == 6 * 17
-    assert torch.equal(solver.features, features)
-    assert relative_error(solver.factor @ solver.factor.T, gram) < 1e-12
-    assert torch.equal(solver.factor, solver.factor.tril())
-
-
-def test_dual_solve_with_float32_storage():
-    parts = batches(condition=1e3)
-    solver = DualSolver(300, 1.0, dtype=FP32)
-    for i, batch in enumerate(parts):
-        Y, factor = solver.solve(batch)
-        assert relative_error(Y @ torch.cholesky_inverse(factor), dense(parts[:i], batch, 1.0)) < 1e-4
-        solver.append(batch)
-    assert solver.features.dtype == FP32
-    assert solver.factor.dtype == FP64
-
-
-def test_repeated_features_are_covered_by_the_ridge():
-    batch = random(30, 4, seed=1).double()
-    solver = DualSolver(30, 0.1)
-    solver.append(batch)
-    solver.append(batch)
-    Y, factor = solver.solve(batch)
-    assert relative_error(Y @ torch.cholesky_inverse(factor), dense([batch, batch], batch, 0.1)) < 1e-10
-
-
-def test_truncating_restores_the_bits():
-    parts = batches(d=40, n_batches=3, n=5)
-    solver = DualSolver(40, 1.0)
-    solver.append(parts[0])
-    solver.append(parts[1])
-    before = {name: value.clone() for name, value in solver.state_dict().items()}
-    solver.append(parts[2])
-    solver.truncate(10)
-    after = solver.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    first = solver.solve(parts[2])
-    solver.append(parts[2])
-    solver.truncate(10)
-    second = solver.solve(parts[2])
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(ValueError, match="k must be between 0 and 10, got 11"):
-        solver.truncate(11)
-
-
-def test_state_goes_on_where_it_was():
-    parts = batches(d=40, n_batches=3, n=5)
-    solver, other = DualSolver(40, 1.0), DualSolver(40, 1.0)
-    solver.append(parts[0])
-    solver.append(parts[1])
-    other.load_state_dict(solver.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(solver.solve(parts[2]), other.solve(parts[2]), strict=True))
-    other.append(parts[2])
-    assert solver.rank == 10
-    with pytest.raises(ValueError, match=r"the state has ridge 1.0, this solver 2.0"):
-        DualSolver(40, 2.0).load_state_dict(solver.state_dict())
-    with pytest.raises(ValueError, match=r"features must have shape \(41, 10\)"):
-        DualSolver(41, 1.0).load_state_dict(solver.state_dict())
-    with pytest.raises(KeyError, match="no 'factor'"):
-        other.load_state_dict({"features": parts[0]})
-
-
-def test_append_reuses_only_the_solve_of_the_same_values():
-    batch = random(12, 3, seed=1).double()
-    solver, other = DualSolver(12, 1.0), DualSolver(12, 1.0)
-    solver.solve(batch)
-    batch.mul_(2)
-    solver.append(batch)
-    other.append(batch.clone())
-    assert torch.equal(solver.factor, other.factor)
-
-
-def test_dual_solver_refuses():
-    for ridge in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="ridge must be positive and finite"):
-            DualSolver(4, ridge)
-    with pytest.raises(ValueError, match="d must be at least 1"):
-        DualSolver(0, 1.0)
-    with pytest.raises(TypeError, match="dtype must be float64 or float32, got bfloat16"):
-        DualSolver(4, 1.0, dtype=BF16)
-    solver = DualSolver(4, 1.0)
-    with pytest.raises(ValueError, match=r"features must have shape \(4, 2\) to fit d, got \(5, 2\)"):
-        solver.solve(torch.ones(5, 2))
-    with pytest.raises(TypeError, match="features must be floating point, got int64"):
-        solver.solve(torch.ones(4, 2, dtype=torch.int64))
-    bad = torch.ones(4, 3)
-    bad[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="features must be finite, but column 2 of 3 is not"):
-        solver.append(bad)
-    assert solver.rank == 0
-
-
-def test_a_failed_factorisation_names_the_smallest_pivot_and_stores_nothing():
-    solver = DualSolver(3, 1e-30)
-    batch = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    with pytest.raises(
-        fastedit.NumericalError, match=r"smallest pivot \S+ at column 1, ridge 1e-30.*raise the ridge"
-    ):
-        solver.append(batch)
-    assert solver.rank == 0
