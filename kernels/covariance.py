@@ -140,7 +140,7 @@ def _covariance_kernel(
         _add_to_both_triangles(out_ptr, total, rows, cols, D, stride_c0, stride_c1)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@triton.jit(do_not_specialize=["SPLITS", "D"])  # D = 1 would be a Python number
 def _add_partials_kernel(
     cov_ptr,
     partials_ptr,
