@@ -1,6 +1,6 @@
 // Merging of weight updates by magnitude and sign (TIES). The k-th largest magnitude of an update is found exactly by
-// selection on bit patterns: a sample gives a bracket that nearly always holds it, one pass over the tensors counts what
-// lies above the bracket and collects what lies inside, and the choice is made among those few. If the bracket misses,
+// selection on bit patterns: a sample gives a bracket that nearly always holds it, one pass over the tensors counts
+// what lies above the bracket and collects what lies inside, and the choice is made among those few. If the bracket misses,
 // three passes of histograms find it instead. A last pass trims, elects signs, averages and adds.
 #pragma once
 
@@ -46,8 +46,8 @@ struct TiesPlan {
 
 TiesPlan plan_ties(const TiesProblem& problem, Isa isa, int threads);
 
-// Returns the first input whose difference to base is not finite, or n_inputs; out is then NaN throughout. The workspace
-// is aligned to 64 bytes. Same bits for any number of threads.
+// Returns the first input whose difference to base is not finite (out is then NaN throughout), or n_inputs. The
+// workspace is aligned to 64 bytes. Same bits for any number of threads.
 int ties(const TiesPlan& plan, const TiesProblem& problem, void* workspace);
 
 }  // namespace cpu

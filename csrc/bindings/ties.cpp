@@ -22,17 +22,6 @@ void ties_cuda(const TiesProblem& problem, int* status, void* stream) {
 void ties_cuda(const TiesProblem&, int*, void*) { no_cuda_kernels(); }
 #endif
 
-// New memory is mapped when it is first written: in large pages that is 512 times fewer interruptions. May be refused.
-void map_in_huge_pages(const TensorView& out) {
-#if defined(__linux__)
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data), end = begin + size_t(out.numel() * size_of(out.dtype));
-  const uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page, last = end / huge_page * huge_page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)out;
-#endif
-}
-
 void require_entries(const char* name, const TensorView& view, const TensorView& base) {
   require_dtype(view.dtype == base.dtype, name, view, name_of(base.dtype));
   require(view.n_dims == 1 && view.shape[0] == base.shape[0] && (view.shape[0] <= 1 || view.stride[0] == 1),
@@ -74,7 +63,6 @@ void ties_merge(py::handle out_object, py::handle base_object, const py::sequenc
   py::gil_scoped_release release;
   const cpu::TiesPlan plan = cpu::plan_ties(problem, isa, max_threads());
   const Scratch scratch(plan.workspace_bytes);
-  map_in_huge_pages(out);
   *static_cast<int32_t*>(status.data) = cpu::ties(plan, problem, scratch.get());
 }
 

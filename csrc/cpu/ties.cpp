@@ -53,7 +53,7 @@ struct Counts {
   int64_t above, at_high, inside, at_low;
 };
 
-// --- Tiles -----------------------------------------------------------------------------------------------------------
+// --- Tiles ---------------------------------------------------------------------------------------------------------
 
 FASTEDIT_INLINE int32_t magnitude_bits(float delta) { return int32_t(bits_of(delta) & 0x7FFFFFFFu); }
 
@@ -158,7 +158,7 @@ struct Scalar {
     elect_tile(total, n, zero_is_plus, direction);
   }
   static void agree(const float* u, const float* direction, int64_t n, float weight, float* sum,
-    float* weights) {
+                    float* weights) {
     agree_tile(u, direction, n, weight, sum, weights);
   }
   static void finish(const float* base, const float* sum, const float* divisor, int64_t n, float scale, float* out) {
@@ -220,7 +220,7 @@ struct Avx2 {
     elect_tile(total, n, zero_is_plus, direction);
   }
   FASTEDIT_AVX2 static void agree(const float* u, const float* direction, int64_t n, float weight, float* sum,
-    float* weights) {
+                                  float* weights) {
     agree_tile(u, direction, n, weight, sum, weights);
   }
   FASTEDIT_AVX2 static void finish(const float* base, const float* sum, const float* divisor, int64_t n, float scale,
@@ -290,7 +290,7 @@ struct Avx512 {
     elect_tile(total, n, zero_is_plus, direction);
   }
   FASTEDIT_AVX512 static void agree(const float* u, const float* direction, int64_t n, float weight, float* sum,
-    float* weights) {
+                                    float* weights) {
     agree_tile(u, direction, n, weight, sum, weights);
   }
   FASTEDIT_AVX512 static void finish(const float* base, const float* sum, const float* divisor, int64_t n, float scale,
@@ -361,7 +361,7 @@ Kernels kernels_of(DType type, Isa isa) {
   return kernels_of<Scalar>(type);
 }
 
-// --- The workspace -----------------------------------------------------------------------------------------------------
+// --- The workspace -------------------------------------------------------------------------------------------------
 
 // What a range may keep of the entries equal to the threshold: the first `quota`, or all of them.
 constexpr int64_t keep_all = -1;
@@ -453,7 +453,7 @@ int thread_number() {
 #endif
 }
 
-// --- Finding the threshold ---------------------------------------------------------------------------------------------
+// --- Finding the threshold -----------------------------------------------------------------------------------------
 
 // The start of a run: somewhere in its share of the tensor. Equal steps could meet one column of a matrix only.
 int64_t run_start(int64_t run, int64_t n) {
@@ -520,8 +520,8 @@ void count(const Call& call) {
   for (int64_t range = 0; range < call.work.n_ranges; ++range) count_range(call, range);
 }
 
-// The rank-th largest of values in [first, last), which `histogram(first, last, shift, bins)` counts in steps of 2^shift.
-// Afterwards rank counts from the first value equal to the result.
+// The rank-th largest of values in [first, last), which `histogram(first, last, shift, bins)` counts in steps of
+// 2^shift. Afterwards rank counts from the first value equal to the result.
 template <class Histogram>
 int32_t kth_largest(int64_t first, int64_t last, int64_t& rank, const Histogram& histogram) {
   while (last - first > 1) {
@@ -650,7 +650,7 @@ void find_thresholds(const Call& call) {
     if (call.work.chosen[i].missed) call.work.chosen[i] = select(call, i);
 }
 
-// --- Merging -----------------------------------------------------------------------------------------------------------
+// --- Merging -------------------------------------------------------------------------------------------------------
 
 // Drops entries at the threshold, except the first `left`.
 void drop_tied(const float* v, const float* base, int64_t n, int32_t threshold, int64_t& left, float* u) {
@@ -740,7 +740,8 @@ void fill_with_nan(const TiesProblem& problem) {
   if (problem.out.dtype == DType::f32) {
     std::fill_n(static_cast<float*>(problem.out.data), n, std::numeric_limits<float>::quiet_NaN());
   } else {
-    std::fill_n(static_cast<uint16_t*>(problem.out.data), n, uint16_t(problem.out.dtype == DType::bf16 ? 0x7FC0 : 0x7E00));
+    const uint16_t nan = problem.out.dtype == DType::bf16 ? 0x7FC0 : 0x7E00;
+    std::fill_n(static_cast<uint16_t*>(problem.out.data), n, nan);
   }
 }
 

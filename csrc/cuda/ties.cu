@@ -8,12 +8,12 @@
 //   bracket    one block a tensor: two order statistics of the sample, by radix selection
 //   count      one pass: counts above and at the bracket's ends; what is inside is collected, range by range
 //   select     one block a tensor: the k-th largest of what was collected, and each range's share of the entries equal
-//   histogram, descend    three times, only where the bracket missed (elsewhere these blocks return at once): 11, 10 and
-//              10 bits of the k-th largest from the whole tensor; then count and select again
+//   histogram, descend    three times, only where the bracket missed (elsewhere these blocks return at once): 11, 10
+//              and 10 bits of the k-th largest from the whole tensor; then count and select again
 //   merge      one pass: trim, elect, average, add; again only if zero sums must become negative ("majority")
 //   poison     only if something was not finite
 //
-// Memory: each tensor and base twice, out once; workspace: a twelfth of the trimmed differences in float.
+// Memory: each tensor and base twice, out once; workspace: an eighth of the trimmed differences in float.
 
 #include "../ties.h"
 
@@ -140,7 +140,7 @@ __device__ __forceinline__ Value sum_up_to_lane(Value value) {
   return value;
 }
 
-// --- Selection in one block --------------------------------------------------------------------------------------------
+// --- Selection in one block ----------------------------------------------------------------------------------------
 
 // In shared memory: what select_in_block needs.
 struct Selection {
@@ -203,7 +203,7 @@ __device__ int32_t select_in_block(Selection& shared, int64_t first, int64_t las
   return int32_t(first);
 }
 
-// --- The steps before merging --------------------------------------------------------------------------------------------
+// --- The steps before merging --------------------------------------------------------------------------------------
 
 template <class T>
 __device__ __forceinline__ bool trims(const Arguments<T>& arg, int i) {
@@ -336,7 +336,8 @@ __global__ void __launch_bounds__(select_threads) select_kernel(const __grid_con
     if (c.inside > arg.capacity) overflow = 1;
   }
   __syncthreads();
-  const int64_t above = int64_t(sums[0]), at_high = int64_t(sums[1]), inside = int64_t(sums[2]), at_low = int64_t(sums[3]);
+  const int64_t above = int64_t(sums[0]), at_high = int64_t(sums[1]);
+  const int64_t inside = int64_t(sums[2]), at_low = int64_t(sums[3]);
   int64_t rank = keep - above;
   int32_t bits = bracket.high;
   bool missed = rank <= 0;
@@ -431,7 +432,7 @@ __global__ void __launch_bounds__(32) descend_kernel(const __grid_constant__ Arg
   }
 }
 
-// --- Merging -------------------------------------------------------------------------------------------------------------
+// --- Merging -------------------------------------------------------------------------------------------------------
 
 // In shared memory: the inputs of merge_kernel, and where a range stands.
 struct Running {
@@ -456,8 +457,8 @@ __device__ __forceinline__ int tied_before(Running& shared, int mine, int& all) 
   return before;
 }
 
-// One block: one range. Inputs are read twice, the second time from the first-level cache. `again`: only if the zero sums
-// must be negative after all.
+// One block: one range. Inputs are read twice, the second time from the first-level cache. `again`: only if the zero
+// sums must be negative after all.
 template <class T>
 __global__ void __launch_bounds__(n_threads) merge_kernel(const __grid_constant__ Arguments<T> arg, bool again) {
   if (again && !(static_cast<long long>(*arg.work.sign_balance) < 0 && *arg.work.undecided > 0)) return;
@@ -556,7 +557,7 @@ __global__ void __launch_bounds__(n_threads) poison_kernel(const __grid_constant
     arg.out[at] = from_float<T>(__uint_as_float(0x7FC00000u));
 }
 
-// --- The launcher ----------------------------------------------------------------------------------------------------------
+// --- The launcher --------------------------------------------------------------------------------------------------
 
 struct Layout {
   int64_t range;
@@ -623,7 +624,10 @@ int launch(const TiesProblem& problem, const Layout& layout, int* status, char* 
   arg.options = problem.options;
   lay_out(arg.work, layout, m, trims, memory);
   arg.work.first_nonfinite = status;
-  for (int i = 0; i < m; ++i) arg.inputs[i] = {problem.inputs[i].data, problem.inputs[i].weight, problem.inputs[i].keep};
+  for (int i = 0; i < m; ++i) {
+    const TiesInput& input = problem.inputs[i];
+    arg.inputs[i] = {input.data, input.weight, input.keep};
+  }
 
   const unsigned ranges = unsigned(layout.n_ranges), inputs = unsigned(m);
   const bool sampled = trims && arg.n > small_entries;

@@ -8,9 +8,24 @@ from .backend import use_backend
 from .covariance import CovarianceAccumulator, covariance_, covariance_reference
 from .key_index import FaissIndex, KeyIndex
 from .low_rank import low_rank_update_, low_rank_update_reference
-from .masked_update import MaskedAdamState, masked_adam_, masked_adam_reference, masked_sgd_, masked_sgd_reference
+from .masked_update import (
+    MaskedAdamState,
+    masked_adam_,
+    masked_adam_reference,
+    masked_sgd_,
+    masked_sgd_reference,
+)
 from .masks import BitMask, IndexMask, PhiloxMask
-from .neuron_select import Selection, gather_square, gather_square_reference, neuron_scores, neuron_scores_reference, neuron_select, neuron_select_keys, neuron_select_reference
+from .neuron_select import (
+    Selection,
+    gather_square,
+    gather_square_reference,
+    neuron_scores,
+    neuron_scores_reference,
+    neuron_select,
+    neuron_select_keys,
+    neuron_select_reference,
+)
 from .retrieval import max_inner_product, max_inner_product_reference, nearest_key, nearest_key_reference
 from .solve import CovarianceFactor, DualSolver, Projector, RidgeSolver, ridge_factors
 from .ties import ties_merge, ties_merge_reference

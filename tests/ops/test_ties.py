@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,14 @@ def test_by_hand(served_by, device):
     assert ties_merge(tensors, None, 1.0, base, normalise=False).tolist() == [13.0, 13.0, 10.0, 11.0]
     original = ties_merge(tensors, None, 1.0, base, variant="ties_original", scale=0.5)
     assert original.tolist() == [10.75, 11.5, 10.0, 10.5]
+
+
+def test_the_documented_example(capsys):
+    page = Path(__file__).parents[2] / "docs" / "ops" / "ties.md"
+    if not page.exists():
+        pytest.skip("not a source tree: no docs/")
+    exec(page.read_text().split("```python")[1].split("```")[0], {})
+    assert capsys.readouterr().out == "tensor([1.5000, 3.0000, 0.0000, 1.0000])\n"
 
 
 def test_original_resolves_zero_sums_by_the_majority(served_by, device):
