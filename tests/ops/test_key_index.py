@@ -246,3 +246,12 @@ def test_the_backend_chosen_by_name_serves_or_is_refused():
         if backend.missing("cuda", torch.device("cuda"), True):
             with pytest.raises(fastedit.BackendUnavailable):
                 index.nearest(torch.ones(1, 4))
+
+
+def test_examples_in_the_documentation_run():
+    import doctest
+    from pathlib import Path
+
+    page = Path(__file__).parents[2] / "docs" / "ops" / "retrieval.md"
+    for failed, _ in (doctest.testfile(str(page), module_relative=False), doctest.testmod(module)):
+        assert failed == 0
