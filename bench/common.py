@@ -202,7 +202,8 @@ def limits(device: str, dtypes: Iterable[str], quick: bool) -> dict[str, float]:
             a, b = a.float(), b.float()
         out[name] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b, device)
     if device == "cpu" and "float32" in out:  # narrower types may be computed in float32, and no slower
-        out = {name: max(rate, out["float32"]) if name in DTYPES else rate for name, rate in out.items()}
+        narrow = ("bfloat16", "float16")
+        out = {name: max(rate, out["float32"]) if name in narrow else rate for name, rate in out.items()}
     return out
 
 

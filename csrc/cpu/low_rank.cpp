@@ -24,7 +24,8 @@ namespace {
 constexpr int strip_height = 12;
 constexpr int panel_width = 32;
 constexpr int64_t task_rows = 96;
-constexpr int64_t prefetch_bytes = 256;
+constexpr int64_t wide_rank = 64;       // from here on a tile takes longer than fetching its part of the weight
+constexpr int64_t prefetch_bytes = 256;  // below: how far ahead to fetch
 constexpr int64_t cache_bytes = 1 << 20;  // of a task's panels
 constexpr int64_t strip_steps = 256;        // of a strip in the first-level cache
 constexpr int64_t most_partial_tiles = cache_bytes / (strip_steps * panel_width * sizeof(float));
@@ -398,19 +399,20 @@ template <class Type>
 FASTEDIT_AVX512 void whole_tiles_avx512(const Tile<Type, float>& t, int64_t n_tiles) {
   alignas(64) float partial[most_partial_tiles][strip_height][panel_width];
   const __m512 alpha = _mm512_set1_ps(t.alpha);
+  const int64_t ahead = t.rank < wide_rank ? prefetch_bytes : 0;
   for (int64_t start = 0; start < t.rank; start += strip_steps) {
     const int64_t steps = std::min(strip_steps, t.rank - start);
     for (int64_t tile = 0; tile < n_tiles; ++tile) {
       typename Type::Storage* weight = t.weight + tile * panel_width;
+      const bool ends = start + steps == t.rank;
+      if (ends)  // rows are far apart in memory: ask for them in time
+        for (int r = 0; r < strip_height; ++r)
+          for (size_t line = 0; line < panel_width * sizeof(*weight); line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(weight + r * t.stride) + ahead + line, _MM_HINT_T0);
       __m512 sum[strip_height][2];
       if (start == 0) {
 #pragma GCC unroll 12
-        for (int r = 0; r < strip_height; ++r) {
-          sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-          // Rows are far apart in memory: ask for the columns of a later tile before computing this one.
-          const char* later = reinterpret_cast<const char*>(weight + r * t.stride) + prefetch_bytes;
-          for (size_t line = 0; line < panel_width * sizeof(*weight); line += 64) _mm_prefetch(later + line, _MM_HINT_T0);
-        }
+        for (int r = 0; r < strip_height; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
       } else {
 #pragma GCC unroll 12
         for (int r = 0; r < strip_height; ++r) {
@@ -419,7 +421,7 @@ FASTEDIT_AVX512 void whole_tiles_avx512(const Tile<Type, float>& t, int64_t n_ti
         }
       }
       multiply_avx512(t.strip + start * strip_height, t.panel + (tile * t.rank + start) * panel_width, steps, sum);
-      if (start + steps == t.rank) {
+      if (ends) {
 #pragma GCC unroll 12
         for (int r = 0; r < strip_height; ++r, weight += t.stride)
           finish_avx512(Type{}, weight, alpha, sum[r][0], sum[r][1]);

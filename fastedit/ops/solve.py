@@ -25,6 +25,7 @@ from . import check
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = 1 << 20  # elements converted at a time
 _JITTER = 1e-12
 _MOST_REFINEMENT = 1e-6  # relative error of a kept inverse, which a step of refinement squares
 _REBUILD = 50  # batches after which an inverse that was updated is computed afresh
@@ -235,24 +236,27 @@ class DualSolver:
         elif features.device != self._features.device:
             raise ValueError(f"{op}: features must be on {self._features.device}, got {features.device}")
         batch = features.detach().to(self.dtype).to(torch.float64)
-        bad = ~batch.isfinite().all(dim=0)
-        if bad.any():
-            column = int(bad.nonzero()[0])
+        if not _finite(batch):
+            column = int((~batch.isfinite().all(dim=0)).nonzero()[0])
             raise ValueError(f"{op}: features must be finite, but column {column} of {batch.shape[1]} is not")
         return batch
 
     def _blocks(self) -> list[slice]:
-        """Ranges of rows of d for which a float64 copy of the stored features stays small."""
-        step = self.d if self.dtype == torch.float64 else max(1, (1 << 24) // max(1, self.rank))
+        """Ranges of rows of d for which a float64 copy of the stored features stays in the cache."""
+        step = max(1, _BLOCK // max(1, self.rank))
         return [slice(i, i + step) for i in range(0, self.d, step)]
 
     def _project(self, batch: Tensor) -> Tensor:
         """Q = L⁻¹GᵀF: (r, n)."""
         stored = self._features[: self.rank]
-        product = torch.zeros((self.rank, batch.shape[1]), dtype=torch.float64, device=batch.device)
-        for rows in self._blocks():
-            product += stored[:, rows].to(torch.float64) @ batch[rows]
-        return torch.linalg.solve_triangular(self.factor, product, upper=False)
+        if self.dtype == torch.float64:
+            product = stored @ batch
+        else:
+            product = torch.zeros((self.rank, batch.shape[1]), dtype=torch.float64, device=batch.device)
+            for rows in self._blocks():
+                product.addmm_(stored[:, rows].to(torch.float64), batch[rows])
+        # from the right: for a factor with room to grow the other form would copy it
+        return torch.linalg.solve_triangular(self.factor.T, product.T, upper=True, left=False).T
 
     def _complement(self, batch: Tensor, Q: Tensor) -> Tensor:
         """Y = F − G L⁻ᵀQ: (d, n)."""
@@ -260,9 +264,11 @@ class DualSolver:
             return batch.clone()
         weights = torch.linalg.solve_triangular(self.factor.T, Q, upper=True)
         stored = self._features[: self.rank]
+        if self.dtype == torch.float64:
+            return torch.addmm(batch, stored.T, weights, alpha=-1)
         Y = batch.clone()
         for rows in self._blocks():
-            Y[rows] -= stored[:, rows].to(torch.float64).T @ weights
+            Y[rows].addmm_(stored[:, rows].to(torch.float64).T, weights, alpha=-1)
         return Y
 
     def _cholesky(self, S: Tensor) -> Tensor:
@@ -277,6 +283,11 @@ class DualSolver:
         features[: self.rank] = self.features.T
         factor[: self.rank, : self.rank] = self.factor
         self._features, self._factor = features, factor
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all elements are finite: by their sum, and one by one only where that is not."""
+    return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
 
 def _definite(S: Tensor, ridge: float, rank: int) -> Tensor:
@@ -707,7 +718,7 @@ class RidgeSolver:
     def _solve_primal(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Y = εΣF and the Cholesky factor of S = εI + FᵀY, as the dual solver has them."""
         assert self._inverse is not None
-        if not bool(features.isfinite().all()):
+        if not _finite(features):
             raise ValueError("RidgeSolver: keys must be finite")
         Y = self._dual.ridge * (self._inverse @ features)
         S = features.T @ Y
@@ -764,7 +775,10 @@ def ridge_factors(features: Tensor, values: Tensor, ridge: float = 1.0) -> tuple
         system, target = H.T @ H, H.T @ V
         right = torch.eye(H.shape[1], dtype=torch.float64, device=H.device)
     system.diagonal().add_(ridge)
-    left = torch.cholesky_solve(target, _definite(system, ridge, 0)).T
-    if not bool(left.isfinite().all()):
+    inverse = torch.cholesky_inverse(
+        _definite(system, ridge, 0)
+    )  # small, and a product is faster than two solves
+    left = target.T @ inverse
+    if not _finite(left):
         raise NumericalError("ridge_factors: features and values must be finite")
     return left, right

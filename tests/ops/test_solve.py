@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +280,9 @@ def test_ridge_factors_refuse() -> None:
 
 def test_documented_examples() -> None:
     assert doctest.testmod(solve, extraglobs={"torch": torch}).failed == 0
+    docs = Path(__file__).parents[2] / "docs" / "ops"
+    for page in ("low_rank.md", "solve.md"):
+        assert doctest.testfile(str(docs / page), module_relative=False).failed == 0
 
 
 # ---- DualSolver -----------------------------------------------------------------------------------------
