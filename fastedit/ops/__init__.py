@@ -7,6 +7,7 @@ the same operations for graphs and other libraries.
 from .backend import use_backend
 from .covariance import covariance_, covariance_reference
 from .low_rank import DualSolver, low_rank_update_, low_rank_update_reference
+from .routing import route, routing_score, routing_score_reference
 
 __all__ = [
     "DualSolver",
@@ -14,5 +15,8 @@ __all__ = [
     "covariance_reference",
     "low_rank_update_",
     "low_rank_update_reference",
+    "route",
+    "routing_score",
+    "routing_score_reference",
     "use_backend",
 ]
