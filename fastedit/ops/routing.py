@@ -7,6 +7,7 @@ Source: Wang et al. 2024 (WISE), eq. 3 and 4. Their code applies the activation 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -114,6 +115,7 @@ def routing_score(
     listed = list(memories.unbind(0)) if isinstance(memories, Tensor) else list(memories)
     check.is_tensor(op, x=x, base_weight=base_weight, **{f"memories[{i}]": w for i, w in enumerate(listed)})
     name = _ALIASES.get(activation, activation)
+    x, base_weight, listed = x.detach(), base_weight.detach(), [memory.detach() for memory in listed]
     return backend.call(op, x, base_weight, listed, name, transposed, bias, metric)  # type: ignore[no-any-return]
 
 
@@ -225,14 +227,14 @@ def routing_score_reference(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as (T, d_in) with adjacent elements: small beside the weights, so a copy costs next to nothing."""
-    rows = x.detach().reshape(-1, x.shape[-1]) if x.numel() else x.detach().new_zeros((x[..., 0].numel(), x.shape[-1]))
+    """X as (T, d_in) with adjacent elements: small beside the weights, so a copy costs next to nothing."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def _by_rows(weights: Sequence[Tensor], transposed: bool) -> tuple[list[Tensor], bool]:
     """The weights with adjacent elements in their last dimension, and whether that is now d_out."""
-    weights = [weight.detach() for weight in weights]
+    weights = list(weights)
     if weights[0].stride(1) != 1 and weights[0].stride(0) == 1:  # the other orientation of a stored matrix
         weights, transposed = [weight.T for weight in weights], not transposed
     if any(weight.stride(1) != 1 and weight.shape[1] > 1 and weight.numel() for weight in weights):
@@ -255,8 +257,8 @@ def _routing_score_torch(
 ) -> Tensor:
     """Outputs in blocks whose float32 weights and products stay small; memories as differences from the base."""
     work, sigma = _result_dtype(x), _ACTIVATIONS[activation]
-    tokens = x.detach().reshape(-1, x.shape[-1]).to(work)
-    base, *others = [(w.T if transposed else w).detach() for w in (base_weight, *memories)]
+    tokens = _rows(x).to(work)
+    base, *others = [w.T if transposed else w for w in (base_weight, *memories)]
     squares = tokens.new_zeros((len(tokens), len(others)))
     step = max(16, (1 << 22) // max(1, base.shape[1], len(tokens)))
     with backend.full_float32():
@@ -266,7 +268,7 @@ def _routing_score_torch(
             if metric == "activated":
                 shift = tokens @ block.T
                 if bias is not None:
-                    shift += bias.detach()[r : r + step].to(work)
+                    shift += bias[r : r + step].to(work)
                 start = sigma(shift)
             for i, memory in enumerate(others):
                 change = tokens @ (memory[r : r + step].to(work) - block).T
@@ -296,7 +298,7 @@ def _compiled(
             scores.view(-1, n_memories),
             "identity" if metric == "linear" else activation,
             transposed,
-            None if bias is None else bias.detach().float().contiguous(),
+            None if bias is None else bias.float().contiguous(),
         )
     return scores
 
@@ -314,7 +316,7 @@ def _routing_score_cpp(
 
 
 def _one_dtype(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-    """x and weights in one dtype, which the kernels for GPUs ask for; x is small beside the weights."""
+    """X and weights in one dtype, which the kernels for GPUs ask for; x is small beside the weights."""
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) == 1 and weights[0].dtype in (x.dtype, torch.float32):
         return x.to(weights[0].dtype), weights
@@ -353,7 +355,7 @@ def _routing_score_triton(
     if len({weight.stride() for weight in weights}) > 1:
         check.once(logging.WARNING, "routing_score: weights of different strides are copied")
         weights = [weight.contiguous() for weight in weights]
-    base, *others = [weight.detach() for weight in weights]
+    base, *others = weights
     if metric == "linear":
         activation, bias = "identity", None
     scores = routing_score_triton(_rows(x), base, others, activation, transposed, bias)

@@ -16,6 +16,7 @@ QUICK = ("bf16",)
 def launch(architecture, variant):
     """Kernel, its arguments, those that divide by 16, warps, stages: as on contiguous tensors of usual sizes."""
     import torch
+
     from fastedit.kernels import covariance as module
 
     dtype, cov, mask, d = VARIANTS[variant]

@@ -17,6 +17,7 @@ QUICK = ("bf16",)
 def launch(architecture, variant):
     """Kernel, its arguments, those that divide by 16, warps, stages: as on contiguous tensors of usual sizes."""
     import torch
+
     from fastedit.kernels import low_rank as module
 
     dtype, stochastic, count_down, aligned = VARIANTS[variant]

@@ -17,6 +17,7 @@ QUICK = ("bf16_one",)
 def launch(architecture, variant):
     """Kernel, its arguments, those that divide by 16, warps, stages: as on contiguous tensors of usual sizes."""
     import torch
+
     from fastedit.kernels import routing as module
 
     dtype, tokens, in_out, memories, activation, bias = VARIANTS[variant]
@@ -31,7 +32,13 @@ def launch(architecture, variant):
         "BLOCK_O": block_o, "BLOCK_K": block_k, "FLUSH": max(1, 1024 // block_k), "PRECISION": "tf32x3",
     }  # fmt: skip
     sizes = ("DI", "DO", "stride_xt", "stride_wk" if in_out else "stride_wo")
-    return module._routing_kernel, arguments, ("part_ptr", "x_ptr", "bias_ptr", *pointers, *sizes), warps, stages
+    return (
+        module._routing_kernel,
+        arguments,
+        ("part_ptr", "x_ptr", "bias_ptr", *pointers, *sizes),
+        warps,
+        stages,
+    )
 
 
 def check(architecture, variant, result):
