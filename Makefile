@@ -7,7 +7,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-OPS    ?= covariance low_rank routing
+OPS    ?= covariance low_rank retrieval routing
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -16,6 +16,7 @@ namespace fastedit {
 
 void bind_covariance(py::module_& m);
 void bind_low_rank(py::module_& m);
+void bind_retrieval(py::module_& m);
 void bind_routing(py::module_& m);
 
 namespace {
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastedit. Called through fastedit.ops, which documents and checks the arguments.";
   fastedit::bind_covariance(m);
   fastedit::bind_low_rank(m);
+  fastedit::bind_retrieval(m);
   fastedit::bind_routing(m);
   m.def("info", &fastedit::info, "What was built, what this machine has, and why CUDA is not available if it is not.");
 }

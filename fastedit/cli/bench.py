@@ -9,7 +9,7 @@ from typing import Any
 
 from . import common
 
-STEMS = ("covariance", "low_rank", "routing")
+STEMS = ("covariance", "low_rank", "retrieval", "routing")
 
 _EXAMPLES = """\
   fastedit bench

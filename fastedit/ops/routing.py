@@ -227,7 +227,7 @@ def routing_score_reference(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as (T, d_in) with adjacent elements: small beside the weights, so a copy costs next to nothing."""
+    """Tokens as (T, d_in) with adjacent elements: small beside the weights, so a copy costs next to nothing."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
