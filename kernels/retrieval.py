@@ -51,8 +51,9 @@ def _scan_kernel(
 
     Memory: each key once for every BLOCK_B queries; programs with the same keys follow one another.
     """
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    tile = tl.program_id(1)
+    parts = tl.cdiv(B, BLOCK_B)
+    b = tl.program_id(0) % parts * BLOCK_B + tl.arange(0, BLOCK_B)
+    tile = tl.program_id(0) // parts
     n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_query = b < B
     is_key = n < N
@@ -141,78 +142,81 @@ def _exact_kernel(
     group = tl.program_id(1).to(tl.int64)
     slots = tl.arange(0, KEPT)
     none = 0x7FFFFFFFFFFFFFFF
-    empty = tl.full((KEPT,), none, dtype=tl.int64)
     best = tl.full((KEPT,), float("-inf"), dtype=tl.float64)
-    order = empty
+    order = tl.full((KEPT,), none, dtype=tl.int64)
+    bottom = tl.full((), float("-inf"), dtype=tl.float64)  # the worst of the K
+    bottom_order = tl.full((), none, dtype=tl.int64)
     bar = tl.load(bar_ptr + b)
     first = group * GROUP
-    near = first + tl.arange(0, GROUP)
-    upper = tl.load(upper_ptr + b * TILES + near, mask=near < TILES, other=float("-inf"))
-    if tl.max(upper, axis=0) > float("-inf"):
-        for i in range(0, min(GROUP, TILES - first)):
-            tile = first + i
-            limit = tl.load(upper_ptr + b * TILES + tile)
-            if (limit >= bar) & (limit > float("-inf")):
-                n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                counts = n < N
-                if HAS_ALIVE:
-                    counts = tl.load(alive_ptr + n * stride_alive, mask=counts, other=0) != 0
-                value = tl.zeros((BLOCK_N,), dtype=tl.float64)
-                for d0 in range(0, D, BLOCK_D):
-                    d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
-                    inside = d < D
-                    q = tl.load(queries_ptr + b * stride_qb + d * stride_qd, mask=inside, other=0.0)
-                    k = tl.load(
-                        keys_ptr + n[:, None] * stride_kn + d[None, :] * stride_kd,
-                        mask=counts[:, None] & inside[None, :],
-                        other=0,
-                    )
-                    q = q.to(tl.float64)[None, :]
-                    k = k.to(tl.float32).to(tl.float64)
-                    if HAS_SCALE:
-                        scale = tl.load(scale_ptr + n * stride_scale, mask=counts, other=0.0)
-                        k = k * scale.to(tl.float64)[:, None]
-                    if NEAREST:
-                        value -= tl.sum((k - q) * (k - q), axis=1)
+    for i in range(0, min(GROUP, TILES - first)):
+        tile = first + i
+        limit = tl.load(upper_ptr + b * TILES + tile)
+        if (limit >= bar) & (limit > float("-inf")):
+            n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            counts = n < N
+            if HAS_ALIVE:
+                counts = tl.load(alive_ptr + n * stride_alive, mask=counts, other=0) != 0
+            value = tl.full((BLOCK_N,), 0.0, dtype=tl.float64)
+            for d0 in range(0, D, BLOCK_D):
+                d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
+                inside = d < D
+                q = tl.load(queries_ptr + b * stride_qb + d * stride_qd, mask=inside, other=0.0)
+                k = tl.load(
+                    keys_ptr + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                    mask=counts[:, None] & inside[None, :],
+                    other=0,
+                )
+                q = q.to(tl.float64)[None, :]
+                k = k.to(tl.float32).to(tl.float64)
+                if HAS_SCALE:
+                    scale = tl.load(scale_ptr + n * stride_scale, mask=counts, other=0.0)
+                    k = k * scale.to(tl.float64)[:, None]
+                if NEAREST:
+                    value -= tl.sum((k - q) * (k - q), axis=1)
+                else:
+                    value += tl.sum(k * q, axis=1)
+            value = tl.where(counts & (value == value), value, float("-inf"))
+            mine = tl.where(value > float("-inf"), SIGN * n, none)
+            remaining = K  # no more than K keys of a tile can be among the best K
+            while remaining > 0:
+                top = tl.max(value, axis=0)
+                top_order = tl.min(tl.where(value == top, mine, none), axis=0)
+                if (top > bottom) | ((top == bottom) & (top_order < bottom_order)):
+                    worst = (slots < K) & (best == bottom) & (order == bottom_order)
+                    slot = 0 if K == 1 else tl.min(tl.where(worst, slots, KEPT), axis=0)
+                    best = tl.where(slots == slot, top, best)
+                    order = tl.where(slots == slot, top_order, order)
+                    value = tl.where(mine == top_order, float("-inf"), value)
+                    mine = tl.where(mine == top_order, none, mine)
+                    if K == 1:
+                        bottom = top
+                        bottom_order = top_order
                     else:
-                        value += tl.sum(k * q, axis=1)
-                value = tl.where(counts & (value == value), value, float("-inf"))
-                mine = tl.where(value > float("-inf"), SIGN * n, none)
-                remaining = K  # no more than K keys of a tile can be among the best K
-                while remaining > 0:
-                    top = tl.max(value, axis=0)
-                    top_order = tl.min(tl.where(value == top, mine, none), axis=0)
-                    bottom = tl.min(tl.where(slots < K, best, float("inf")), axis=0)
-                    at_bottom = (slots < K) & (best == bottom)
-                    bottom_order = tl.max(tl.where(at_bottom, order, -none), axis=0)
-                    if (top > bottom) | ((top == bottom) & (top_order < bottom_order)):
-                        slot = tl.min(tl.where(at_bottom & (order == bottom_order), slots, KEPT), axis=0)
-                        best = tl.where(slots == slot, top, best)
-                        order = tl.where(slots == slot, top_order, order)
-                        value = tl.where(mine == top_order, float("-inf"), value)
-                        mine = tl.where(mine == top_order, none, mine)
-                        remaining -= 1
-                    else:
-                        remaining = 0
+                        bottom = tl.min(tl.where(slots < K, best, float("inf")), axis=0)
+                        last = (slots < K) & (best == bottom)
+                        bottom_order = tl.max(tl.where(last, order, -none), axis=0)
+                    remaining -= 1
+                else:
+                    remaining = 0
     place = (b * tl.num_programs(1) + group) * KEPT + slots
     tl.store(values_ptr + place, best)
     tl.store(order_ptr + place, order)
 
 
 # (architecture, bytes of an element of a key, size class) -> queries, keys and step of a tile, warps, stages of the
-# scan; the step of the second pass. "few": up to 16 queries, bound by the keys' bytes. Chosen for no spills and for
-# shared memory with Triton 3.9 (tests/compile/test_triton.py), not by timing.
+# scan; step of the second pass, and how many tiles a program of it looks through. "few": up to 16 queries, bound by
+# the keys' bytes. Chosen for no spills and for shared memory with Triton 3.9 (tests/compile/test_triton.py), not by
+# timing.
 _CONFIG = {
-    (80, 1, "few"): (16, 64, 128, 4, 3, 32),
-    (80, 2, "few"): (16, 64, 64, 4, 4, 32),
-    (80, 4, "few"): (16, 64, 32, 4, 4, 32),
-    (80, 1, "many"): (64, 64, 64, 4, 2, 32),
-    (80, 2, "many"): (64, 64, 32, 4, 3, 32),
-    (80, 4, "many"): (64, 64, 32, 8, 3, 32),
+    (80, 1, "few"): (16, 64, 128, 4, 3, 32, 32),
+    (80, 2, "few"): (16, 64, 64, 4, 4, 32, 32),
+    (80, 4, "few"): (16, 64, 32, 4, 4, 32, 32),
+    (80, 1, "many"): (64, 64, 64, 4, 2, 32, 32),
+    (80, 2, "many"): (64, 64, 32, 4, 3, 32, 32),
+    (80, 4, "many"): (64, 64, 32, 8, 3, 32, 32),
 }
-_INTERPRETED = (16, 32, 64, 1, 1, 64)
+_INTERPRETED = (16, 32, 128, 1, 1, 128, 2)
 _FEW = 16
-_GROUP = 32  # tiles that a program of the second pass looks through
 _BOUND_BYTES = 64 << 20  # of upper and lower: queries are served in chunks that keep within
 
 
@@ -230,11 +234,11 @@ def _search(queries, keys, k, alive, scale, nearest, highest):
     indices = torch.full((n_queries, k), -1, device=queries.device)
     if n_queries == 0 or n_keys == 0:
         return values, indices
-    block_b, block_n, block_d, warps, stages, exact_d = configuration(
+    block_b, block_n, block_d, warps, stages, exact_d, group = configuration(
         common.architecture(keys.device), keys.dtype, n_queries
     )
     tiles = triton.cdiv(n_keys, block_n)
-    groups = triton.cdiv(tiles, _GROUP)
+    groups = triton.cdiv(tiles, group)
     # Sums of d TF32 products, truncated when they are added: half of this is left for the other roundings.
     gamma, floor = (d + 32) * 2.0**-22, max(d, 1) * 2.0**-120
     norms = queries.double().norm(dim=1).float()
@@ -254,7 +258,7 @@ def _search(queries, keys, k, alive, scale, nearest, highest):
             rows = queries[start : start + chunk]
             n = rows.shape[0]
             upper, lower = (torch.empty((n, tiles), device=keys.device) for _ in range(2))
-            _scan_kernel[(triton.cdiv(n, block_b), tiles)](
+            _scan_kernel[(triton.cdiv(n, block_b) * tiles,)](
                 upper, lower, rows, norms[start:], keys, scaled, counted, n, n_keys, d, tiles, gamma, floor,
                 *strides, **options, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_D=block_d,
                 num_warps=warps, num_stages=stages,
@@ -267,7 +271,7 @@ def _search(queries, keys, k, alive, scale, nearest, highest):
             order = torch.empty((n, groups * kept), dtype=torch.int64, device=keys.device)
             _exact_kernel[(n, groups)](
                 found, order, upper, bar, rows, keys, scaled, counted, n_keys, d, tiles,
-                *strides, **options, SIGN=-1 if highest else 1, K=k, KEPT=kept, GROUP=_GROUP, BLOCK_N=block_n,
+                *strides, **options, SIGN=-1 if highest else 1, K=k, KEPT=kept, GROUP=group, BLOCK_N=block_n,
                 BLOCK_D=exact_d, num_warps=4,
             )  # fmt: skip
             values[start : start + chunk], indices[start : start + chunk] = _best(found, order, k)

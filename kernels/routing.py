@@ -132,6 +132,8 @@ _CONFIG = {
     (90, 4, "few"): (16, 32, 64, 4, 5),
     (90, 2, "many"): (128, 64, 64, 8, 4),
     (90, 4, "many"): (64, 64, 32, 8, 3),
+    (100, 2, "many"): (64, 128, 64, 8, 4),
+    (120, 4, "many"): (64, 32, 32, 4, 3),
 }
 _FALLBACK = {86: 80, 89: 80, 100: 90, 120: 80}
 _FLUSH_PRODUCTS = 1024
@@ -142,7 +144,8 @@ _GROUP = 4  # memories in a launch
 def configuration(architecture, dtype, n_tokens):
     """Tokens, outputs and step of a tile, warps and stages, for an architecture, the dtype, and T."""
     size = "few" if n_tokens <= _FEW else "many"
-    return _CONFIG[_FALLBACK.get(architecture, architecture), dtype.itemsize, size]
+    nearest = _FALLBACK.get(architecture, architecture)
+    return _CONFIG.get((architecture, dtype.itemsize, size)) or _CONFIG[nearest, dtype.itemsize, size]
 
 
 def routing_score_triton(x, base_weight, memories, activation, transposed, bias):

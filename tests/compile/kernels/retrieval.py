@@ -21,10 +21,11 @@ QUICK = ("bf16_one",)
 def launch(architecture, variant):
     """Kernel, its arguments, those that divide by 16, warps, stages: as on contiguous tensors of usual sizes."""
     import torch
+
     from fastedit.kernels import retrieval as module
 
     kernel, dtype, queries, nearest, options, k = VARIANTS[variant]
-    block_b, block_n, block_d, warps, stages, exact_d = module.configuration(
+    block_b, block_n, block_d, warps, stages, exact_d, group = module.configuration(
         architecture, getattr(torch, DTYPES[dtype]), queries
     )
     optional = {"scale_ptr": "*fp32", "alive_ptr": "*u8" if options else "*fp32"}
@@ -33,7 +34,16 @@ def launch(architecture, variant):
         "stride_scale": 1 if options else "i32", "stride_alive": 1 if options else "i32",
         "NEAREST": nearest, "HAS_SCALE": options and dtype == "i8", "HAS_ALIVE": options, "BLOCK_N": block_n,
     }  # fmt: skip
-    divisible = ["queries_ptr", "keys_ptr", "scale_ptr", "alive_ptr", "upper_ptr", "D", "stride_qb", "stride_kn"]
+    divisible = [
+        "queries_ptr",
+        "keys_ptr",
+        "scale_ptr",
+        "alive_ptr",
+        "upper_ptr",
+        "D",
+        "stride_qb",
+        "stride_kn",
+    ]
     if kernel == "scan":
         arguments = {
             "upper_ptr": "*fp32", "lower_ptr": "*fp32", "queries_ptr": "*fp32", "norms_ptr": "*fp32",
@@ -45,7 +55,7 @@ def launch(architecture, variant):
     arguments = {
         "values_ptr": "*fp64", "order_ptr": "*i64", "upper_ptr": "*fp32", "bar_ptr": "*fp32",
         "queries_ptr": "*fp32", "keys_ptr": "*" + dtype, **optional, "N": "i32", "D": "i32", "TILES": "i32",
-        **common, "SIGN": 1, "K": k, "KEPT": max(2, k), "GROUP": 32, "BLOCK_D": exact_d,
+        **common, "SIGN": 1, "K": k, "KEPT": max(2, k), "GROUP": group, "BLOCK_D": exact_d,
     }  # fmt: skip
     return module._exact_kernel, {n: arguments[n] for n in list_of(module._exact_kernel)}, divisible, 4, 3
 
