@@ -11,6 +11,7 @@
 //   more than 8 tokens    tokens lie in the lanes of vectors, packed once; weights are broadcast
 //   few, rows of d_in     d_in lies in the lanes: dot products of a few rows with all tokens
 //   few, columns          outputs lie in the lanes; tokens are broadcast
+//   one token             as for few, without the buffers
 //
 // Work: (m + 1) T d_in d_out multiply-adds, m without σ. Memory: every weight once for each `task_tokens` tokens, tokens
 // from cache. Squares of a task's rows are summed in float, tasks' sums in double, in the order of rows.
@@ -39,6 +40,7 @@ constexpr int64_t column_width = 512;    // and the outputs that are fetched at 
 constexpr int64_t column_tasks = 16;     // ranges of d_in there
 constexpr int64_t column_sums = 256;     // outputs that are added up at once
 constexpr int64_t wide_chunk = 64;       // of d_in, where many tokens do
+constexpr int64_t max_direct = 4;        // memories that one token meets without a buffer
 constexpr int64_t line_bytes = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -159,6 +161,94 @@ FASTEDIT_INLINE void dot(const float* lines, const float* x, int64_t n, float* p
     for (int t = 0; t < Tokens; ++t) store(sum[l][t], part + (l * Tokens + t) * lanes);
 }
 
+// --- One token: weights go from memory straight into the sums ---------------------------------------------------------------
+
+template <class Vec>
+struct Bits;
+template <>
+struct Bits<Vec4> {
+  typedef uint16_t Half __attribute__((vector_size(8)));
+  typedef uint32_t Word __attribute__((vector_size(16)));
+};
+template <>
+struct Bits<Vec8> {
+  typedef uint16_t Half __attribute__((vector_size(16)));
+  typedef uint32_t Word __attribute__((vector_size(32)));
+};
+template <>
+struct Bits<Vec16> {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Word __attribute__((vector_size(64)));
+};
+
+template <class Vec>
+FASTEDIT_INLINE void load_as(F32, const float* from, Vec& to) {
+  load(from, to);
+}
+
+template <class Vec>
+FASTEDIT_INLINE void load_as(BF16, const uint16_t* from, Vec& to) {
+  typename Bits<Vec>::Half half;
+  std::memcpy(&half, from, sizeof(half));
+  const typename Bits<Vec>::Word word = __builtin_convertvector(half, typename Bits<Vec>::Word) << 16;
+  std::memcpy(&to, &word, sizeof(Vec));
+}
+
+// part (Weights, dot_rows), a vector each, += the lanes of row · x over n elements, a multiple of the lanes; of memories
+// less the base. rows[w * dot_rows + r]: a row of weight w.
+using DirectDot = void (*)(const void* const* rows, const float* x, int64_t n, float* part);
+
+template <class Vec, class Type, int Weights>
+FASTEDIT_INLINE void direct_dot(const void* const* rows, const float* x, int64_t n, float* part) {
+  constexpr int lanes = lanes_of<Vec>, lines = int(dot_rows);
+  Vec sum[Weights][lines];
+  for (int w = 0; w < Weights; ++w)
+    for (int r = 0; r < lines; ++r) load(part + (w * lines + r) * lanes, sum[w][r]);
+  for (int64_t k = 0; k < n; k += lanes) {
+    Vec token;
+    load(x + k, token);
+    for (int r = 0; r < lines; ++r) {
+      Vec base;
+      load_as(Type{}, static_cast<const typename Type::Storage*>(rows[r]) + k, base);
+      sum[0][r] += base * token;
+      for (int w = 1; w < Weights; ++w) {
+        Vec memory;
+        load_as(Type{}, static_cast<const typename Type::Storage*>(rows[w * lines + r]) + k, memory);
+        sum[w][r] += (memory - base) * token;
+      }
+    }
+  }
+  for (int w = 0; w < Weights; ++w)
+    for (int r = 0; r < lines; ++r) store(sum[w][r], part + (w * lines + r) * lanes);
+}
+
+// sums[w * step + c] += Σ x[k] weight[w][k, c] over column_chunk rows and n columns, a multiple of the lanes; of memories
+// less the base. The weights' rows are `stride` bytes apart.
+using DirectColumns = void (*)(const char* const* weights, const int64_t* stride, const float* x, int64_t n, float* sums,
+                               int64_t step);
+
+template <class Vec, class Type, int Weights>
+FASTEDIT_INLINE void direct_columns(const char* const* weights, const int64_t* stride, const float* x, int64_t n,
+                                    float* sums, int64_t step) {
+  using Storage = typename Type::Storage;
+  constexpr int lanes = lanes_of<Vec>;
+  for (int64_t c = 0; c < n; c += lanes) {
+    Vec sum[Weights];
+    for (int w = 0; w < Weights; ++w) load(sums + w * step + c, sum[w]);
+    for (int k = 0; k < column_chunk; ++k) {
+      Vec base;
+      load_as(Type{}, reinterpret_cast<const Storage*>(weights[0] + k * stride[0]) + c, base);
+      sum[0] += base * x[k];
+      for (int w = 1; w < Weights; ++w) {
+        Vec memory;
+        load_as(Type{}, reinterpret_cast<const Storage*>(weights[w] + k * stride[w]) + c, memory);
+        sum[w] += (memory - base) * x[k];
+      }
+    }
+    for (int w = 0; w < Weights; ++w) store(sum[w], sums + w * step + c);
+  }
+}
+
 // --- σ, by the formula, within a few units in the last place of its value ---------------------------------------------------
 
 FASTEDIT_INLINE float exponential(float x) {
@@ -234,6 +324,8 @@ struct Kernels {
   int token_vectors[4];
   Dot dot[4];  // by log2 of the tokens
   int dot_lines[4];  // that divide dot_rows
+  DirectDot direct_dot[2][max_direct];  // for float and bfloat16 and each number of memories
+  DirectColumns direct_columns[2][max_direct];
   Activate activate;
 };
 
@@ -248,6 +340,15 @@ constexpr int64_t rows_per_task = 24, columns_per_task = 384;  // multiples of a
   template <int Lines, int Tokens>                                                                                    \
   TARGET void dot_##NAME(const float* lines, const float* x, int64_t n, float* part) {                                \
     dot<VEC, Lines, Tokens>(lines, x, n, part);                                                                       \
+  }                                                                                                                   \
+  template <class Type, int Weights>                                                                                  \
+  TARGET void direct_dot_##NAME(const void* const* rows, const float* x, int64_t n, float* part) {                    \
+    direct_dot<VEC, Type, Weights>(rows, x, n, part);                                                                 \
+  }                                                                                                                   \
+  template <class Type, int Weights>                                                                                  \
+  TARGET void direct_columns_##NAME(const char* const* weights, const int64_t* stride, const float* x, int64_t n,     \
+                                    float* sums, int64_t step) {                                                      \
+    direct_columns<VEC, Type, Weights>(weights, stride, x, n, sums, step);                                            \
   }                                                                                                                   \
   TARGET void activate_##NAME(Activation activation, float* y, int64_t n) { activate_generic(activation, y, n); }
 
@@ -264,7 +365,12 @@ constexpr Kernels kernels_scalar = {
     {outer_scalar<12, 1, by_row, 1>, outer_scalar<6, 2, by_row, 1>},
     {outer_scalar<12, 1, 1, by_column>, outer_scalar<6, 2, 1, by_column>}, {12, 6},
     {outer_scalar<1, 4, by_row, 1>, outer_scalar<2, 4, by_row, 1>, outer_scalar<4, 2, by_row, 1>, outer_scalar<8, 1, by_row, 1>},
-    {4, 4, 2, 1}, {dot_scalar<4, 1>, dot_scalar<4, 2>, dot_scalar<2, 4>, dot_scalar<1, 8>}, {4, 4, 2, 1}, activate_scalar};
+    {4, 4, 2, 1}, {dot_scalar<4, 1>, dot_scalar<4, 2>, dot_scalar<2, 4>, dot_scalar<1, 8>}, {4, 4, 2, 1},
+    {{direct_dot_scalar<F32, 2>, direct_dot_scalar<F32, 3>, direct_dot_scalar<F32, 4>, direct_dot_scalar<F32, 5>},
+     {direct_dot_scalar<BF16, 2>, direct_dot_scalar<BF16, 3>, direct_dot_scalar<BF16, 4>, direct_dot_scalar<BF16, 5>}},
+    {{direct_columns_scalar<F32, 2>, direct_columns_scalar<F32, 3>, direct_columns_scalar<F32, 4>, direct_columns_scalar<F32, 5>},
+     {direct_columns_scalar<BF16, 2>, direct_columns_scalar<BF16, 3>, direct_columns_scalar<BF16, 4>, direct_columns_scalar<BF16, 5>}},
+    activate_scalar};
 
 #if defined(__x86_64__)
 // Blocks of accumulators that fill the 16 and the 32 registers.
@@ -273,7 +379,12 @@ constexpr Kernels kernels_avx2 = {
     {outer_avx2<12, 1, by_row, 1>, outer_avx2<6, 2, by_row, 1>},
     {outer_avx2<12, 1, 1, by_column>, outer_avx2<6, 2, 1, by_column>}, {12, 6},
     {outer_avx2<1, 4, by_row, 1>, outer_avx2<2, 4, by_row, 1>, outer_avx2<4, 2, by_row, 1>, outer_avx2<8, 1, by_row, 1>},
-    {4, 4, 2, 1}, {dot_avx2<4, 1>, dot_avx2<4, 2>, dot_avx2<2, 4>, dot_avx2<1, 8>}, {4, 4, 2, 1}, activate_avx2};
+    {4, 4, 2, 1}, {dot_avx2<4, 1>, dot_avx2<4, 2>, dot_avx2<2, 4>, dot_avx2<1, 8>}, {4, 4, 2, 1},
+    {{direct_dot_avx2<F32, 2>, direct_dot_avx2<F32, 3>, direct_dot_avx2<F32, 4>, direct_dot_avx2<F32, 5>},
+     {direct_dot_avx2<BF16, 2>, direct_dot_avx2<BF16, 3>, direct_dot_avx2<BF16, 4>, direct_dot_avx2<BF16, 5>}},
+    {{direct_columns_avx2<F32, 2>, direct_columns_avx2<F32, 3>, direct_columns_avx2<F32, 4>, direct_columns_avx2<F32, 5>},
+     {direct_columns_avx2<BF16, 2>, direct_columns_avx2<BF16, 3>, direct_columns_avx2<BF16, 4>, direct_columns_avx2<BF16, 5>}},
+    activate_avx2};
 
 constexpr Kernels kernels_avx512 = {
     16, 4, {widen_avx512<F32>, widen_avx512<BF16>, widen_avx512<F16>},
@@ -282,7 +393,12 @@ constexpr Kernels kernels_avx512 = {
      outer_avx512<6, 4, 1, by_column>},
     {8, 8, 8, 6},
     {outer_avx512<1, 4, by_row, 1>, outer_avx512<2, 4, by_row, 1>, outer_avx512<4, 4, by_row, 1>, outer_avx512<8, 2, by_row, 1>},
-    {4, 4, 4, 2}, {dot_avx512<4, 1>, dot_avx512<4, 2>, dot_avx512<4, 4>, dot_avx512<2, 8>}, {4, 4, 4, 2}, activate_avx512};
+    {4, 4, 4, 2}, {dot_avx512<4, 1>, dot_avx512<4, 2>, dot_avx512<4, 4>, dot_avx512<2, 8>}, {4, 4, 4, 2},
+    {{direct_dot_avx512<F32, 2>, direct_dot_avx512<F32, 3>, direct_dot_avx512<F32, 4>, direct_dot_avx512<F32, 5>},
+     {direct_dot_avx512<BF16, 2>, direct_dot_avx512<BF16, 3>, direct_dot_avx512<BF16, 4>, direct_dot_avx512<BF16, 5>}},
+    {{direct_columns_avx512<F32, 2>, direct_columns_avx512<F32, 3>, direct_columns_avx512<F32, 4>, direct_columns_avx512<F32, 5>},
+     {direct_columns_avx512<BF16, 2>, direct_columns_avx512<BF16, 3>, direct_columns_avx512<BF16, 4>, direct_columns_avx512<BF16, 5>}},
+    activate_avx512};
 #endif
 
 const Kernels& kernels_of(Isa isa) {
@@ -321,6 +437,7 @@ struct Call {
   bool transposed;
   int64_t n_tokens, d_in, d_out;
   int64_t token_class;    // few tokens are padded to 2^token_class
+  int direct;             // which of the direct kernels serves, or -1
   float* tokens;          // packed
   float* partial;         // sums of squares: (tasks of rows, memories, n_tokens)
   float* products;        // of column_tasks: (tasks, weights, tokens, outputs)
@@ -494,6 +611,15 @@ void dot_task(const Call& call, const RoutingPlan& plan, int64_t row, int64_t n_
     const float* x = call.tokens;
     for (int64_t k = 0; k < call.d_in; k += chunk, x += tokens * pitch) {
       const int64_t n = std::min(chunk, call.d_in - k);
+      if (call.direct >= 0 && n % lanes == 0) {
+        const void* rows[(1 + max_direct) * dot_rows];
+        for (int64_t line = 0; line < lines; ++line) {  // those beyond the last repeat it
+          const Weight& weight = call.weights[line / dot_rows];
+          rows[line] = weight.data + (row + r0 + std::min(line % dot_rows, n_lines - 1)) * weight.stride + k * weight.element;
+        }
+        kernels.direct_dot[call.direct][call.n_weights - 2](rows, x, n, part);
+        continue;
+      }
       fetch_rows(call, row + r0, n_lines, dot_rows, pitch, k, n, buffer);
       for (int64_t line = call.first_product() * dot_rows; line < lines; line += step)
         multiply(buffer + line * pitch, x, round_up(n, lanes), part + line * tokens * lanes);
@@ -520,6 +646,17 @@ void column_task(const Call& call, int64_t task, float* buffer) {
     const float* x = call.tokens + k / chunk * tokens * pitch + k % chunk;
     for (int64_t column = 0; column < call.d_out; column += column_width) {
       const int64_t n_columns = std::min(column_width, call.d_out - column);
+      if (call.direct >= 0 && n == column_chunk && n_columns % kernels.lanes == 0) {
+        const char* data[1 + max_direct];
+        int64_t stride[1 + max_direct];
+        for (int64_t w = 0; w < call.n_weights; ++w) {
+          const Weight& weight = call.weights[w];
+          data[w] = weight.data + k * weight.stride + column * weight.element;
+          stride[w] = weight.stride;
+        }
+        kernels.direct_columns[call.direct][call.n_weights - 2](data, stride, x, n_columns, products + column, step);
+        continue;
+      }
       fetch_columns(call, column, n_columns, column_width, k, n, buffer);
       for (int64_t w = call.first_product(); w < call.n_weights; ++w)
         for (int64_t c = 0; c < n_columns; c += width)
@@ -567,6 +704,13 @@ void finish(const Call& call, int64_t n_tasks, float* scores, int threads) {
     for (int64_t i = 0; i < count; ++i)
       scores[(start + i) % call.n_tokens * n_memories + (start + i) / call.n_tokens] = float(std::sqrt(sums[i]));
   }
+}
+
+int direct_of(const TensorView& base, const TensorView* memories, int64_t n_memories, int64_t n_tokens) {
+  if (n_tokens != 1 || n_memories > max_direct || base.dtype == DType::f16) return -1;
+  for (int64_t m = 0; m < n_memories; ++m)
+    if (memories[m].dtype != base.dtype) return -1;
+  return base.dtype == DType::f32 ? 0 : 1;
 }
 
 int64_t class_of(int64_t n_tokens) {
@@ -682,8 +826,8 @@ void routing(const RoutingPlan& plan, const TensorView& x, const TensorView& bas
   float* const products = partial + sizes.partial;
   float* const buffers = products + sizes.products;
   const Call call{kernels, weights, n_memories + 1, bias ? static_cast<const float*>(bias->data) : nullptr,
-                  options.activation, options.transposed, n_tokens, d_in, d_out, class_of(n_tokens), tokens, partial,
-                  products};
+                  options.activation, options.transposed, n_tokens, d_in, d_out, class_of(n_tokens),
+                  direct_of(base, memories, n_memories, n_tokens), tokens, partial, products};
   if (n_tokens > few_tokens) {
     pack_panels(call, x, plan.threads);
     run_many(call, plan, buffers, sizes.buffer, sizes.block);
