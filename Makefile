@@ -7,7 +7,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 JOBS   ?= 2
-OPS    ?= covariance low_rank solve neuron_select masked_update ties retrieval
+OPS    ?= covariance low_rank solve neuron_select masked_update ties retrieval routing
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -19,6 +19,7 @@ void bind_low_rank(py::module_& m);
 void bind_masked_update(py::module_& m);
 void bind_neuron_select(py::module_& m);
 void bind_retrieval(py::module_& m);
+void bind_routing(py::module_& m);
 void bind_ties(py::module_& m);
 
 namespace {
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
   fastedit::bind_masked_update(m);
   fastedit::bind_neuron_select(m);
   fastedit::bind_retrieval(m);
+  fastedit::bind_routing(m);
   fastedit::bind_ties(m);
   m.def("info", &fastedit::info, "What was built, what this machine has, and why CUDA is not available if it is not.");
 }

@@ -4,9 +4,11 @@ The helpers make one source right both compiled and in Triton's interpreter, whi
 integers and truncates where it should round.
 """
 
+import contextlib
 import functools
 import os
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,11 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 def is_interpreted():
     """Whether the kernels imported in this process run in Triton's interpreter."""
     return INTERPRET.value
+
+
+def quiet():
+    """A context in which the interpreter, which computes with NumPy, says nothing of infinities and NaN."""
+    return numpy.errstate(all="ignore") if is_interpreted() else contextlib.nullcontext()
 
 
 def architecture(device):

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import common
 
-STEMS = ("covariance", "low_rank", "solve", "neuron_select", "masked_update", "ties", "retrieval")
+STEMS = ("covariance", "low_rank", "solve", "neuron_select", "masked_update", "ties", "retrieval", "routing")
 
 _EXAMPLES = """\
   fastedit bench

@@ -27,6 +27,7 @@ from .neuron_select import (
     neuron_select_reference,
 )
 from .retrieval import max_inner_product, max_inner_product_reference, nearest_key, nearest_key_reference
+from .routing import route, routing_score, routing_score_reference
 from .solve import CovarianceFactor, DualSolver, Projector, RidgeSolver, ridge_factors
 from .ties import ties_merge, ties_merge_reference
 
@@ -63,6 +64,9 @@ __all__ = [
     "neuron_select_keys",
     "neuron_select_reference",
     "ridge_factors",
+    "route",
+    "routing_score",
+    "routing_score_reference",
     "ties_merge",
     "ties_merge_reference",
     "use_backend",
