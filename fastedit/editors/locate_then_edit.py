@@ -25,9 +25,9 @@ from ..facts import Fact, validate_facts
 from ..models.describe import ModelDescription
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import pad_batch
+from ..ops.solve import CovarianceFactor
 from .base import Editor
 from .prompts import FactRows, fact_rows
-from ..ops.solve import CovarianceFactor
 from .sweep import PromptSweep, weighted_mean
 from .templates import sample_contexts
 from .values import ValueObjective, Values, optimise_values

@@ -286,7 +286,7 @@ def _low_rank_update_compiled(
     )
     if used is not into:
         into.copy_(used)
-    if lost is not None and used_lost is not lost:
+    if lost is not None and used_lost is not None and used_lost is not lost:
         lost.copy_(used_lost)
     return None
 

@@ -308,7 +308,7 @@ def _definite(S: Tensor, ridge: float, rank: int) -> Tensor:
 
 
 def _divide(solved: Tensor, system: Tensor) -> Tensor:
-    """solved · system⁻¹ (d, n), for a system (n, n) that need not be definite."""
+    """Solved · system⁻¹ (d, n), for a system (n, n) that need not be definite."""
     result, info = torch.linalg.solve_ex(system.T, solved.T)
     if int(info) != 0 or not bool(result.isfinite().all()):
         raise NumericalError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from helpers import relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fastedit
 from fastedit.ops import backend, low_rank_update_, low_rank_update_reference
 from fastedit.ops.philox import philox, round_stochastically, runs_of_words, words
 
