@@ -1,18 +1,19 @@
 """Thin solves: the update of one layer for a batch of edits, against the solves of published editing code.
 
-The work is that of a batch on a layer whose statistics are known: from keys K (and earlier keys) to the factors or
-the matrix of the update, in float64 but where the published code solves in float32. Adding the update to the weight
-is left out: it is the same low-rank update for all but the last, which form it densely (bench/low_rank.py).
+The work is that of a batch on a layer whose statistics are known: from keys K, and earlier keys, to the factors or the
+matrix of the update; in float64 except where the published code solves in float32. Adding it to the weight is left
+out: see bench/low_rank.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-
 from fastedit.bench import common
+
 from fastedit.ops import CovarianceFactor, Projector, RidgeSolver, ridge_factors
 
 OPS = ("alphaedit", "memit", "ultraedit")
@@ -83,13 +84,12 @@ def alphaedit(size: dict[str, int], device: str) -> common.Problem:
     metric = LAMBDA_2 * torch.eye(d, device=device, dtype=torch.float64) + PG @ PG.T
     factor = torch.linalg.cholesky(metric)
 
-    def resident() -> (
-        torch.Tensor
-    ):  # of the system without K, kept by somebody else: it is out of date after a batch
+    def resident() -> torch.Tensor:
+        """With a factor of the system without K, which is out of date after this batch."""
         B = torch.cholesky_solve(F, factor)
         return torch.linalg.solve(torch.eye(n, device=device, dtype=torch.float64) + F.T @ B, B, left=False)
 
-    runs: dict[str, Callable[[], Any]] = {name: lambda s=s: fresh(s.solve, K) for name, s in solvers.items()}
+    runs: dict[str, Callable[[], Any]] = {name: partial(fresh, s.solve, K) for name, s in solvers.items()}
     runs |= {"official, fp32 LU of d x d": official, "resident Cholesky factor, fp64": resident}
     reference = torch.linalg.solve(metric + F @ F.T, F)
     errors = {name: error_of(run(), reference, F, factor.T) for name, run in runs.items()}
