@@ -504,13 +504,11 @@ struct Norms {
 };
 
 Norms norm_of(const float* x, int64_t d) {
-  double sum = 0;
-  bool has_nan = false;
-  for (int64_t i = 0; i < d; ++i) {
-    sum += double(x[i]) * x[i];
-    has_nan = has_nan || x[i] != x[i];
-  }
-  return {std::sqrt(sum), has_nan};
+  double sum[8] = {};
+  for (int64_t i = 0; i < d; ++i) sum[i % 8] += double(x[i]) * x[i];
+  const double total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  // infinities square to infinity, so only NaN sums to NaN
+  return {std::sqrt(total), total != total};
 }
 
 // Signed bytes of a query, one word of every `width`, and what its bounds need.
@@ -519,26 +517,29 @@ QueryBound encode_query(const float* query, int64_t d, const float* scanned, int
   float largest = 0;
   for (int64_t i = 0; i < m; ++i) largest = std::max(largest, std::fabs(scanned[i]));
   const bool plain = largest > 1e-30f && largest < infinity;
-  const float step = plain ? largest / 127.0f : 0.0f;
-  double error = 0;
-  int32_t sum = 0;
+  const float step = plain ? largest / 127.0f : 0.0f, inverse = plain ? 127.0f / largest : 0.0f;
+  double errors[4] = {};
+  uint32_t sum = 0;  // unsigned: that of garbage, from what is not finite, may wrap
   for (int64_t s = 0; s < code_steps(m); ++s) {
     int8_t bytes[4] = {};
-    for (int64_t i = 4 * s; i < std::min(m, 4 * s + 4); ++i) {
-      const float quotient = plain ? std::nearbyint(scanned[i] / step) : 0.0f;
-      const int32_t code = int32_t(std::max(-127.0f, std::min(127.0f, quotient)));
-      const double e = double(scanned[i]) - double(step) * code;
-      error += e * e;
-      sum += code;
-      bytes[i - 4 * s] = int8_t(code);
+    const int64_t n = std::min<int64_t>(4, m - 4 * s);
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = scanned[4 * s + i];
+      // 1.5 * 2^23: the nearest whole number is in the low bits; at most 127, as |x| is at most 127 steps
+      const int32_t code = plain ? int32_t(bits_of(x * inverse + 12582912.0f) - 0x4B400000u) : 0;
+      const double e = double(x) - double(step) * code;
+      errors[i] += e * e;
+      sum += uint32_t(code);
+      bytes[i] = int8_t(code);
     }
     std::memcpy(words + s * width, bytes, 4);
   }
+  const double error = (errors[0] + errors[1]) + (errors[2] + errors[3]);
   const Norms norm = norm_of(query, d);
   const double all = norm.value + std::sqrt(error), left = std::sqrt(error);
   QueryBound q;
   q.step = step;
-  q.correction = 128 * sum;
+  q.correction = int32_t(128 * sum);
   // 2^-20 of the product of norms covers the roundings of bounds_generic and of a projection
   q.by_error = float(all * 1.00001);
   q.by_norm = float(left * 1.00001 + all * 1e-6);
@@ -717,24 +718,17 @@ class Worker {
 
   void scan_rows(int64_t first, int64_t n, int64_t query, int64_t n_queries) {
     const int64_t d = s_.keys.d;
-    const float g = 1.02f * (float(d) + 16) * unit;
     float* bounds = reinterpret_cast<float*>(products_);
     for (int64_t j = 0; j < n; ++j) {
       const float* row = s_.keys.row(first + j, s_.kernels, row_);
-      float out[direct_queries], squared = 0;
+      float out[direct_queries], squared;
       if (s_.in.nearest && !s_.keys.whole()) {
         s_.kernels.squares(row, s_.query(query), d, n_queries, out);
-        for (int64_t b = 0; b < n_queries; ++b) bounds[b * s_.at.tile + j] = out[b] * (g - 1) + tiny;
-        continue;
-      }
-      s_.kernels.products(row, s_.query(query), d, n_queries, out, squared);
-      const float scale = s_.keys.scale(first + j);
-      const float norm = (std::sqrt(squared) * (1 + g) + 1e-18f) * std::fabs(scale);
-      for (int64_t b = 0; b < n_queries; ++b) {
-        const QueryBound& q = s_.bounds[query + b];
-        float bound = out[b] * scale + g * q.by_error * norm + q.constant;
-        if (s_.in.nearest) bound = 2 * bound - norm * norm * (1 - 4 * g) - q.norm_squared;
-        bounds[b * s_.at.tile + j] = bound;
+        for (int64_t b = 0; b < n_queries; ++b) bounds[b * s_.at.tile + j] = distance_bound(out[b]);
+      } else {
+        s_.kernels.products(row, s_.query(query), d, n_queries, out, squared);
+        for (int64_t b = 0; b < n_queries; ++b)
+          bounds[b * s_.at.tile + j] = product_bound(query + b, out[b], squared, s_.keys.scale(first + j));
       }
     }
     for (int64_t b = 0; b < n_queries; ++b)
@@ -745,24 +739,57 @@ class Worker {
 
   // The keys of a tile whose bounds reach the bar, the highest first, until the bar is above what is left.
   void compare(int64_t b, int64_t first, int64_t n, const float* bounds, float bar) {
+    if (s_.in.k == 1 && bar == -infinity) bar = decide_highest(b, first, n, bounds);
     int64_t count = 0;
     for (int64_t j = 0; j < n; ++j)
       if (!(bounds[j] < bar) && s_.keys.alive(first + j))
         candidates_[count++] = {bounds[j] == bounds[j] ? bounds[j] : infinity, int32_t(j)};
     std::make_heap(candidates_, candidates_ + count);
-    const Best best = this->best(b);
     while (count > 0 && !(candidates_[0].bound < bar)) {
       const int64_t j = first + candidates_[0].key;
       std::pop_heap(candidates_, candidates_ + count--);
-      const float* row = s_.keys.row(j, s_.kernels, row_);
-      const double scale = s_.keys.scale(j);
-      best.insert(s_.kernels.exact(s_.in.nearest, row, s_.query(b), s_.keys.d, scale), j + s_.in.offset);
-      bar = std::max(bar, best.bar());
+      bar = std::max(bar, decide(b, j, bar));
     }
     raise(s_.bars[b], bar);
   }
 
+  // Before anything is known: the key of highest bound, lest all of the tile become candidates.
+  float decide_highest(int64_t b, int64_t first, int64_t n, const float* bounds) {
+    int64_t highest = -1;
+    for (int64_t j = 0; j < n; ++j)
+      if (s_.keys.alive(first + j) && (highest < 0 || bounds[j] > bounds[highest])) highest = j;
+    return highest < 0 ? -infinity : decide(b, first + highest, -infinity);
+  }
+
+  // Compares a key exactly, unless its row in float32 shows that it cannot reach the bar. Returns the new bar.
+  float decide(int64_t b, int64_t j, float bar) {
+    const float* row = s_.keys.row(j, s_.kernels, row_);
+    if (s_.width && !s_.keys.whole() && row_bound(b, row) < bar) return bar;
+    const Best best = this->best(b);
+    best.insert(s_.kernels.exact(s_.in.nearest, row, s_.query(b), s_.keys.d, s_.keys.scale(j)), j + s_.in.offset);
+    return best.bar();
+  }
+
+  float row_bound(int64_t b, const float* row) const {
+    float out, squared;
+    if (s_.in.nearest) {
+      s_.kernels.squares(row, s_.query(b), s_.keys.d, 1, &out);
+      return distance_bound(out);
+    }
+    s_.kernels.products(row, s_.query(b), s_.keys.d, 1, &out, squared);
+    return product_bound(b, out, squared, 1.0f);
+  }
+
+  float distance_bound(float squared) const { return squared * (slack_ - 1) + tiny; }
+  float product_bound(int64_t b, float product, float squared, float scale) const {
+    const QueryBound& q = s_.bounds[b];
+    const float norm = (std::sqrt(squared) * (1 + slack_) + 1e-18f) * std::fabs(scale);
+    const float bound = product * scale + slack_ * q.by_error * norm + q.constant;
+    return s_.in.nearest ? 2 * bound - norm * norm * (1 - 4 * slack_) - q.norm_squared : bound;
+  }
+
   const Shared& s_;
+  const float slack_ = 1.02f * (float(s_.keys.d) + 16) * unit;  // g of the bounds at the top
   uint8_t* codes_;
   float* vectors_;
   float* row_;
@@ -812,6 +839,7 @@ void search(const SearchPlan& plan, const SearchArguments& in, double* values, i
   if (plan.width) std::fill(words, words + at.groups * plan.width * at.steps, 0);
   const int64_t m = in.scan_queries ? in.scan_queries->shape[1] : d;
   int32_t unused = 0;
+#pragma omp parallel for schedule(static) num_threads(n_queries * d < small_work ? 1 : plan.threads)
   for (int64_t b = 0; b < n_queries; ++b) {
     const float* scanned = in.scan_queries ? static_cast<const float*>(in.scan_queries->data) + b * m : shared.query(b);
     const double rest = in.rest ? static_cast<const float*>(in.rest->data)[b * in.rest->stride[0]] : 0.0;

@@ -175,7 +175,7 @@ class KeyIndex:
         self._grow(start + len(keys))
         self._radius[start : start + len(keys)] = radii
         while done < len(keys):
-            chunk = self._room()
+            chunk = self._room(len(keys) - done)
             now = min(len(keys) - done, chunk.capacity - chunk.n)
             part = slice(chunk.n, chunk.n + now)
             chunk.n += now
@@ -281,7 +281,7 @@ class KeyIndex:
         self._n_removed = n - int(state["alive"].sum())
         done = 0
         while done < n:
-            chunk = self._room()
+            chunk = self._room(n - done)
             chunk.n = min(n - done, chunk.capacity)
             chunk.keys[: chunk.n] = state["keys"][done : done + chunk.n]
             if chunk.scale is not None:
@@ -355,11 +355,11 @@ class KeyIndex:
         check.dtype(op, (torch.float32,), radius=radius)
         return radius.detach().to(self.device)
 
-    def _room(self) -> _Chunk:
-        """The last chunk if it has room, otherwise a new one as large as all so far."""
+    def _room(self, needed: int) -> _Chunk:
+        """The last chunk if it has room, otherwise a new one: as large as all so far, or as what is ``needed``."""
         if not self._chunks or self._chunks[-1].n == self._chunks[-1].capacity:
             n = self.n_added
-            chunk = _Chunk(n, max(n, _FIRST_CAPACITY), self.dim, self.dtype, self.device)
+            chunk = _Chunk(n, max(n, needed, _FIRST_CAPACITY), self.dim, self.dtype, self.device)
             self._chunks.append(chunk)
         return self._chunks[-1]
 
@@ -602,16 +602,15 @@ class FaissIndex(KeyIndex):
         faiss = self._library
         alive = np.packbits(self._alive[: self.n_added].numpy(), bitorder="little")
         selector = faiss.IDSelectorBitmap(alive)
-        inner = faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
+        transformed = isinstance(index, faiss.IndexPreTransform)
+        inner = faiss.downcast_index(index.index) if transformed else index
         if isinstance(inner, faiss.IndexIVF):
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
         elif isinstance(inner, faiss.IndexHNSW):
             parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
         else:
             parameters = faiss.SearchParameters(sel=selector)
-        if inner is index:
-            return parameters
-        return faiss.SearchParametersPreTransform(index_params=parameters)
+        return faiss.SearchParametersPreTransform(index_params=parameters) if transformed else parameters
 
     def _search_checked(self, queries: Tensor, k: int, nearest: bool, highest: bool) -> tuple[Tensor, Tensor]:
         found = nothing_found(queries, k)

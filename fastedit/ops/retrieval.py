@@ -302,7 +302,8 @@ def search_torch(
     queries = queries.detach().float()
     keys = keys.detach()
     gamma = 1.05 * (d + 8) * 2.0**-24
-    norm_q = queries.double().norm(dim=1).float()[:, None]
+    vanished = math.sqrt(d) * 2.0**-62  # the norm of a row whose squares are too small for float32
+    norm_q = torch.linalg.vector_norm(queries, dim=1)[:, None] + vanished
     step = max(128, (1 << 22) // max(n, d, 1))
     for start in range(0, keys.shape[0], step):
         rows = keys[start : start + step].float()
@@ -310,7 +311,7 @@ def search_torch(
             rows = rows * scale[start : start + step, None]
         with backend.full_float32():
             product = queries @ rows.T
-        norm_k = rows.double().norm(dim=1).float()[None]
+        norm_k = torch.linalg.vector_norm(rows, dim=1)[None] + vanished
         if nearest:
             value = 2 * product - norm_k.square() - norm_q.square()
             slack = gamma * (norm_q + norm_k).square()
@@ -326,7 +327,8 @@ def search_torch(
             lower = lower.masked_fill(dead, -math.inf)
         bar = values[:, -1]
         if k <= lower.shape[1]:
-            bar = torch.maximum(bar, lower.topk(k, dim=1).values[:, -1].double())
+            last = lower.amax(1) if k == 1 else lower.topk(k, dim=1).values[:, -1]
+            bar = torch.maximum(bar, last.double())
         b, j = ((upper >= bar[:, None]) & (upper > -math.inf)).nonzero(as_tuple=True)
         if len(b):
             j = j + start

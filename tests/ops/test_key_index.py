@@ -145,9 +145,11 @@ def test_appending_moves_no_key(monkeypatch):
     index = KeyIndex(4)
     index.add(torch.ones(5, 4))
     where = index._chunks[0].keys.data_ptr()
-    index.add(torch.ones(50, 4))
+    for _ in range(15):
+        index.add(torch.ones(2, 4))
+    index.add(torch.ones(60, 4))
     assert index._chunks[0].keys.data_ptr() == where
-    assert [chunk.capacity for chunk in index._chunks] == [8, 8, 16, 32]
+    assert [chunk.capacity for chunk in index._chunks] == [8, 8, 16, 32, 64]
 
 
 def test_wrong_arguments_are_named():
@@ -244,3 +246,12 @@ def test_the_backend_chosen_by_name_serves_or_is_refused():
         if backend.missing("cuda", torch.device("cuda"), True):
             with pytest.raises(fastedit.BackendUnavailable):
                 index.nearest(torch.ones(1, 4))
+
+
+def test_examples_in_the_documentation_run():
+    import doctest
+    from pathlib import Path
+
+    page = Path(__file__).parents[2] / "docs" / "ops" / "retrieval.md"
+    for failed, _ in (doctest.testfile(str(page), module_relative=False), doctest.testmod(module)):
+        assert failed == 0
