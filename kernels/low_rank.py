@@ -137,7 +137,8 @@ def _low_rank_kernel(
     tl.store(ptrs, out, mask=inside)
     if RESIDUAL:
         kept = out.to(tl.float32)
-        lost = tl.where(tl.abs(kept) < float("inf"), updated - kept, 0.0)
+        finite = tl.abs(kept) < float("inf")
+        lost = tl.where(finite, updated, 0.0) - tl.where(finite, kept, 0.0)
         tl.store(residual_ptrs, lost, mask=inside)
 
 
@@ -153,24 +154,29 @@ _CONFIG = {
     (90, "outer"): (32, 128, 8, 8, 1),
     (90, "split"): (128, 128, 32, 8, 3),
     (90, "tf32x3"): (64, 128, 32, 8, 2),
+    (100, "outer"): (32, 128, 8, 8, 1),
+    (100, "split"): (128, 128, 32, 8, 3),
+    (100, "tf32x3"): (64, 64, 32, 4, 2),
 }
-_FALLBACK = {86: 80, 89: 80, 100: 90, 120: 80}
+_FALLBACK = {86: 80, 89: 80, 120: 80}
 _OUTER_RANK = 8  # up to here multiply-adds keep up with memory, and the matrix unit would multiply zeros
 _MATRIX_STEP = 16
 
 
-def product(dtype, rank):
-    """How the product of the factors is summed for a weight's dtype and a rank."""
-    return "outer" if rank <= _OUTER_RANK else "split" if dtype == torch.bfloat16 else "tf32x3"
+def product(dtype, rank, residual=False):
+    """How the product of the factors is summed for a weight's dtype, a rank, and with a residual, which is float32."""
+    if rank <= _OUTER_RANK:
+        return "outer"
+    return "split" if dtype == torch.bfloat16 and not residual else "tf32x3"
 
 
-def configuration(architecture, dtype, rank, unaligned=False):
+def configuration(architecture, dtype, rank, unaligned=False, residual=False):
     """Tile, step in rank, warps and stages for an architecture, the weight's dtype and a rank.
 
     ``unaligned``: random words are computed one element at a time, which takes more registers.
     """
     architecture = _FALLBACK.get(architecture, architecture)
-    kind = product(dtype, rank)
+    kind = product(dtype, rank, residual)
     rows, cols, step, warps, stages = _CONFIG[architecture, kind]
     if kind == "outer":
         return rows, cols, triton.next_power_of_2(max(rank, 1)), warps, stages
@@ -232,9 +238,13 @@ def low_rank_update_triton(
     rank = rows.shape[1]
     stochastic = stochastic and weight.dtype != torch.float32
     aligned = (n_rows if transposed else n_cols) % 4 == 0
-    kind = product(weight.dtype, rank)
+    kind = product(weight.dtype, rank, residual is not None)
     block_rows, block_cols, block_r, warps, stages = config or configuration(
-        common.architecture(weight.device), weight.dtype, rank, stochastic and not aligned
+        common.architecture(weight.device),
+        weight.dtype,
+        rank,
+        stochastic and not aligned,
+        residual is not None,
     )
     programs = triton.cdiv(n_rows, block_rows) * triton.cdiv(n_cols, block_cols)
     with torch.cuda.device_of(weight):

@@ -10,6 +10,7 @@ VARIANTS = {
     "bf16_stochastic": ("bf16", 100, True, False, True, False),
     "bf16_stochastic_in_out": ("bf16", 100, True, True, True, False),
     "bf16_residual": ("bf16", 100, False, False, True, True),
+    "bf16_residual_stochastic_in_out": ("bf16", 100, True, True, True, True),
     "bf16_stochastic_odd": ("bf16", 100, True, False, False, False),
     "fp16_stochastic_odd": ("fp16", 100, True, False, False, False),
     "fp16_stochastic_odd_in_out": ("fp16", 100, True, True, False, False),
@@ -44,9 +45,9 @@ def launch(architecture, variant):
             3,
         )
     weight = getattr(torch, DTYPES[dtype])
-    config = module.configuration(architecture, weight, rank, stochastic and not aligned)
+    config = module.configuration(architecture, weight, rank, stochastic and not aligned, residual)
     block_rows, block_cols, block_r, warps, stages = config
-    kind = module.product(weight, rank)
+    kind = module.product(weight, rank, residual)
     factor = "*bf16" if kind == "split" else "*fp32"
     arguments = {
         "w_ptr": "*" + dtype, "rows_ptr": factor, "cols_ptr": factor,
