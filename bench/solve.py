@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import CovarianceFactor, Projector, RidgeSolver, ridge_factors
 
 OPS = ("alphaedit", "memit", "ultraedit")

@@ -254,7 +254,6 @@ def test_residual_with_nothing_to_add(served_by, device):
     assert (residual == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # NumPy, interpreted
 def test_residual_of_what_is_not_finite_is_zero(served_by, device):
     weight = torch.tensor([[float("inf"), float("nan"), 65504.0, 1.0]], dtype=FP16, device=device)
     residual = torch.full((1, 4), float("nan"), device=device)
