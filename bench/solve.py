@@ -1,8 +1,8 @@
 """Thin solves: the update of one layer for a batch of edits, against the solves of published editing code.
 
-The work is that of a batch on a layer whose statistics are known: from keys K, and earlier keys, to the factors or the
-matrix of the update; in float64 except where the published code solves in float32. Adding it to the weight is left
-out: see bench/low_rank.py.
+The work is that of a batch on a layer whose statistics are known: from keys K, and earlier keys, to the factors or
+the matrix of the update; in float64 except where the published code solves in float32. Adding it to the weight is
+left out: see bench/low_rank.py.
 """
 
 from __future__ import annotations
