@@ -15,9 +15,9 @@
 // Adam keeps its two moments for selected entries only, packed in the order of j, so that the k-th selected entry owns
 // place k. `offsets` holds the number of selected entries before every mask_block entries (philox and bits).
 //
-// Then every entry is clamped to clamp_to ± clamp, if that is given. A gradient is a matrix or a product left rightᵀ,
-// of which no more than a tile ever exists. Arithmetic is fp32, rounded once to the parameter's type. What stands in
-// the gradient at entries not selected is never used; a NaN in the parameter or in clamp_to gives NaN.
+// Then every entry is clamped to clamp_to ± clamp, if that is given. Arithmetic is fp32, rounded once to the parameter's
+// type. What stands in the gradient at entries not selected is never used; a NaN in the parameter or in clamp_to gives
+// NaN.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +38,7 @@ struct Mask {
   const void* data = nullptr;  // bits or indices
   int64_t size = 0;            // how many bytes of bits, or indices
   bool wide = false;           // indices are 64 bits each
+  int64_t start = 0;           // what the first entry of the matrix counts as (CPU, not with indices)
 };
 
 enum class DecayScope { all, masked, none };
@@ -64,12 +65,6 @@ struct AdamStep {
   float clamp = 0;
 };
 
-// A gradient given in full (right null) or as left rightᵀ: left (rows, r), right (columns, r).
-struct Gradient {
-  const TensorView* left;
-  const TensorView* right;
-};
-
 struct AdamState {
   float* first;            // m, v: packed
   float* second;
@@ -86,17 +81,17 @@ struct MaskedPlan {
   size_t thread_bytes, workspace_bytes;
 };
 
-MaskedPlan plan_masked_update(const TensorView& param, const Gradient& grad, const TensorView* clamp_to, Isa isa,
+MaskedPlan plan_masked_update(const TensorView& param, const TensorView& grad, const TensorView* clamp_to, Isa isa,
                               int threads);
 
-// param: fp32, bf16 or fp16, any strides; the others any floating type and strides, the factors of a product fp32 with
-// unit last stride. Indices serve steps that leave other entries alone. The workspace is aligned to 64 bytes.
-void masked_sgd(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
+// param: fp32, bf16 or fp16, any strides; grad and clamp_to: any floating type and strides. Indices serve steps that
+// leave other entries alone. The workspace is aligned to 64 bytes.
+void masked_sgd(const MaskedPlan& plan, const TensorView& param, const TensorView& grad, const Mask& mask,
                 const SgdStep& step, const TensorView* clamp_to, void* workspace);
-void masked_adam(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
+void masked_adam(const MaskedPlan& plan, const TensorView& param, const TensorView& grad, const Mask& mask,
                  const AdamState& state, const AdamStep& step, const TensorView* clamp_to, void* workspace);
 
-// Whether `count` moments are as many as the mask selects of n entries, so far as `offsets` tells.
+// Whether `count` moments are as many as the mask selects of n entries in all, so far as `offsets` tells.
 bool fits(const Mask& mask, const int64_t* offsets, int64_t n, int64_t count, Isa isa);
 
 // bits (bytes,): those of the entries from `start`, a multiple of 8, on.
@@ -106,7 +101,7 @@ void philox_bits(const TensorView& bits, const Mask& mask, int64_t start, Isa is
 
 namespace cuda {
 
-// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched). The gradient is a matrix.
+// As above, on the given stream of the tensors' device; returns a cudaError_t (0: launched).
 int masked_sgd(const TensorView& param, const TensorView& grad, const Mask& mask, const SgdStep& step,
                const TensorView* clamp_to, void* stream);
 int masked_adam(const TensorView& param, const TensorView& grad, const Mask& mask, const AdamState& state,

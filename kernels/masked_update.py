@@ -173,59 +173,65 @@ def _adam_kernel(
     DECAYS_ALL: tl.constexpr,
     CLAMPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """One program: BLOCK consecutive entries, whose moments follow one another from the block's cached rank on.
+
+    STEP entries at a time.
 
     FLAT: all tensors are contiguous and strides are not looked at. Otherwise neighbouring entries may lie far
     apart. Memory: W read and written, the gradient and clamp_to read, and the moments of selected entries.
     """
     pid = tl.program_id(0).to(tl.int64)
-    index = pid * BLOCK + tl.arange(0, BLOCK)
-    inside = index < N
-    keep = inside
-    if KIND == PHILOX:
-        row = tl.zeros((1,), dtype=tl.int64)
-        words = common.philox_words(seed, row, pid * BLOCK, N, BLOCK, True, shard, layer)
-        keep = inside & (tl.reshape(words, (BLOCK,)) < threshold.to(tl.uint32))
-    elif KIND == BITS:
-        keep = inside & _bit(bits_ptr, index, inside)
-    if KIND == ALL:
-        place = index
-    else:
+    before = pid * BLOCK
+    if KIND != ALL:
+        before = tl.load(offsets_ptr + pid)
+    for step in tl.static_range(0, BLOCK, STEP):
+        start = pid * BLOCK + step
+        index = start + tl.arange(0, STEP)
+        inside = index < N
+        keep = inside
+        if KIND == PHILOX:
+            row = tl.zeros((1,), dtype=tl.int64)
+            words = common.philox_words(seed, row, start, N, STEP, True, shard, layer)
+            keep = inside & (tl.reshape(words, (STEP,)) < threshold.to(tl.uint32))
+        elif KIND == BITS:
+            keep = inside & _bit(bits_ptr, index, inside)
         ones = keep.to(tl.int32)
-        place = tl.load(offsets_ptr + pid) + (tl.cumsum(ones, 0) - ones)
+        place = before + (tl.cumsum(ones, 0) - ones)
+        before += tl.sum(ones, 0)
 
-    if FLAT:
-        w_at = index
-        g_at = index
-        t_at = index
-    else:
-        row = index // N_COLS
-        column = index % N_COLS
-        w_at = row * stride_w0 + column * stride_w1
-        g_at = row * stride_g0 + column * stride_g1
-        t_at = row * stride_t0 + column * stride_t1
-    old = tl.load(w_ptr + w_at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
-    if DECAYS_GRADIENT:
-        g += gradient_decay * old
-    g = tl.where(keep, g, 0.0)
-    decayed = old
-    if DECAYS:
-        decayed -= weight_decay * old
-    m = tl.load(m_ptr + place, mask=keep, other=0.0)
-    v = tl.load(v_ptr + place, mask=keep, other=0.0)
-    new, m, v = _adam(decayed, g, m, v, first_rate, second, second_rate, rate, correction, eps)
-    tl.store(m_ptr + place, m, mask=keep)
-    tl.store(v_ptr + place, v, mask=keep)
-    if DECAYS_ALL:
-        new = tl.where(keep, new, decayed)
-    else:
-        new = tl.where(keep, new, old)
-    if CLAMPS:
-        to = tl.load(to_ptr + t_at, mask=inside, other=0.0).to(tl.float32)
-        new = _clamped(new, to, clamp)
-    tl.store(w_ptr + w_at, common.round_to(new, w_ptr.dtype.element_ty), mask=inside)
+        if FLAT:
+            w_at = index
+            g_at = index
+            t_at = index
+        else:
+            row = index // N_COLS
+            column = index % N_COLS
+            w_at = row * stride_w0 + column * stride_w1
+            g_at = row * stride_g0 + column * stride_g1
+            t_at = row * stride_t0 + column * stride_t1
+        old = tl.load(w_ptr + w_at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
+        if DECAYS_GRADIENT:
+            g += gradient_decay * old
+        g = tl.where(keep, g, 0.0)
+        decayed = old
+        if DECAYS:
+            decayed -= weight_decay * old
+        m = tl.load(m_ptr + place, mask=keep, other=0.0)
+        v = tl.load(v_ptr + place, mask=keep, other=0.0)
+        new, m, v = _adam(decayed, g, m, v, first_rate, second, second_rate, rate, correction, eps)
+        tl.store(m_ptr + place, m, mask=keep)
+        tl.store(v_ptr + place, v, mask=keep)
+        if DECAYS_ALL:
+            new = tl.where(keep, new, decayed)
+        else:
+            new = tl.where(keep, new, old)
+        if CLAMPS:
+            to = tl.load(to_ptr + t_at, mask=inside, other=0.0).to(tl.float32)
+            new = _clamped(new, to, clamp)
+        tl.store(w_ptr + w_at, common.round_to(new, w_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -315,7 +321,7 @@ _SGD = {
 }
 _PRODUCT = {0: (16, 32, 16, 1, 1), 80: (64, 64, 32, 8, 2), 90: (64, 128, 32, 8, 2)}
 _FALLBACK = {86: 80, 89: 80, 100: 90, 120: 80}
-_ADAM_WARPS = {True: 16, False: 32}  # flat or not: addresses of strided tensors take registers
+_ADAM = {True: (4096, 16), False: (1024, 8)}  # flat or not: entries at a time, warps
 _LISTED = 256
 _BITS = 256
 
@@ -479,7 +485,8 @@ def masked_adam_triton(
             DECAYS_ALL=shrink != 0 and decay_scope == "all",
             CLAMPS=clamp_to is not None,
             BLOCK=MASK_BLOCK,
-            num_warps=_ADAM_WARPS[flat],
+            STEP=_ADAM[flat][0],
+            num_warps=_ADAM[flat][1],
         )
 
 

@@ -2,9 +2,8 @@
 //
 // Tasks own rectangles of the matrix and go through them in chunks that stay in cache. The bits of a chunk's rows are
 // regenerated or fetched; rows of tensors that are fp32 and contiguous are used where they lie, others are converted
-// (and turned, if they lie column by column) into buffers and, the parameter's, back. A gradient given as a product is
-// multiplied out into such a buffer from panels of 32 columns of `right`. So the steps themselves know nothing but runs
-// of fp32 in memory and a word of mask bits for every 64 of them.
+// (and turned, if they lie column by column) into buffers and, the parameter's, back. So the steps themselves know
+// nothing but runs of fp32 in memory and a word of mask bits for every 64 of them.
 //
 // Adam gathers the selected entries of a run side by side, as their moments lie in memory already, updates all lanes,
 // and scatters the result: square roots and divisions only for what is selected.
@@ -28,8 +27,7 @@ namespace {
 
 constexpr int64_t run_length = 1024;  // of a chunk of one row
 constexpr int64_t task_entries = 16 * mask_block;
-constexpr int64_t panel_width = 32;
-constexpr int tile_rows = 8;
+constexpr int64_t turned_rows = 32, turned_columns = 128;  // of a chunk where a tensor lies column by column
 constexpr int64_t line_floats = 16;
 constexpr int64_t few = 6;  // under one entry in so many, fetching each is faster than looking at all (measured)
 
@@ -551,111 +549,6 @@ class Rows {
   Block block_{};
 };
 
-// --- The gradient as a product --------------------------------------------------------------------------------------
-
-// out[r * pitch + c] = Σ_k left[r][k] panel[k * 32 + c] for 8 rows and 32 columns.
-using Multiply = void (*)(const float* const* left, const float* panel, int64_t rank, float* out, int64_t pitch);
-
-FASTEDIT_INLINE void multiply_generic(const float* const* left, const float* panel, int64_t rank, float* out,
-                                      int64_t pitch) {
-  for (int r = 0; r < tile_rows; ++r) {
-    float sum[panel_width] = {};
-    for (int64_t k = 0; k < rank; ++k)
-      for (int c = 0; c < panel_width; ++c) sum[c] += left[r][k] * panel[k * panel_width + c];
-    std::copy(sum, sum + panel_width, out + r * pitch);
-  }
-}
-
-void multiply_scalar(const float* const* left, const float* panel, int64_t rank, float* out, int64_t pitch) {
-  multiply_generic(left, panel, rank, out, pitch);
-}
-
-#if defined(__x86_64__)
-
-FASTEDIT_AVX2 void multiply_avx2(const float* const* left, const float* panel, int64_t rank, float* out, int64_t pitch) {
-  constexpr int rows = 4;  // by 16 columns: 8 accumulators
-  for (int i = 0; i < tile_rows; i += rows)
-    for (int j = 0; j < panel_width; j += 16) {
-      __m256 sum[rows][2];
-      for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-      for (int64_t k = 0; k < rank; ++k) {
-        const __m256 b0 = _mm256_loadu_ps(panel + k * panel_width + j);
-        const __m256 b1 = _mm256_loadu_ps(panel + k * panel_width + j + 8);
-        for (int r = 0; r < rows; ++r) {
-          const __m256 a = _mm256_broadcast_ss(left[i + r] + k);
-          sum[r][0] = _mm256_fmadd_ps(a, b0, sum[r][0]);
-          sum[r][1] = _mm256_fmadd_ps(a, b1, sum[r][1]);
-        }
-      }
-      for (int r = 0; r < rows; ++r) {
-        _mm256_storeu_ps(out + (i + r) * pitch + j, sum[r][0]);
-        _mm256_storeu_ps(out + (i + r) * pitch + j + 8, sum[r][1]);
-      }
-    }
-}
-
-FASTEDIT_AVX512 void multiply_avx512(const float* const* left, const float* panel, int64_t rank, float* out,
-                                     int64_t pitch) {
-  __m512 sum[tile_rows][2];
-  const float* row[tile_rows];
-  for (int r = 0; r < tile_rows; ++r) {
-    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    row[r] = left[r];
-  }
-  for (int64_t k = 0; k < rank; ++k) {
-    const __m512 b0 = _mm512_loadu_ps(panel + k * panel_width), b1 = _mm512_loadu_ps(panel + k * panel_width + 16);
-    for (int r = 0; r < tile_rows; ++r) {
-      const __m512 a = _mm512_set1_ps(row[r][k]);
-      sum[r][0] = _mm512_fmadd_ps(a, b0, sum[r][0]);
-      sum[r][1] = _mm512_fmadd_ps(a, b1, sum[r][1]);
-    }
-  }
-  for (int r = 0; r < tile_rows; ++r) {
-    _mm512_storeu_ps(out + r * pitch, sum[r][0]);
-    _mm512_storeu_ps(out + r * pitch + 16, sum[r][1]);
-  }
-}
-
-#endif  // __x86_64__
-
-Multiply multiply_of(Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return multiply_avx512;
-  if (isa == Isa::avx2) return multiply_avx2;
-#endif
-  (void)isa;
-  return multiply_scalar;
-}
-
-// panels[(p * rank + k) * 32 + c] = right[32 p + c][k], zero beyond the last column.
-void pack_panels(const TensorView& right, float* panels, int threads) {
-  const int64_t n = right.shape[0], rank = right.shape[1], stride = row_stride(right);
-  constexpr int64_t group = 16;  // steps at a time: a cache line of each column
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t p = 0; p < ceil_div(n, panel_width); ++p) {
-    float* out = panels + p * rank * panel_width;
-    for (int64_t k = 0; k < rank; k += group)
-      for (int64_t c = 0; c < panel_width; ++c) {
-        const float* from = static_cast<const float*>(right.data) + (p * panel_width + c) * stride;
-        for (int64_t i = k; i < std::min(rank, k + group); ++i)
-          out[i * panel_width + c] = p * panel_width + c < n ? from[i] : 0.0f;
-      }
-  }
-}
-
-// Rows [row, row + rows) and columns [column, column + columns) of the product; both starts are multiples of a tile.
-void multiply_chunk(const TensorView& left, const float* panels, Multiply multiply, int64_t row, int64_t column,
-                    int64_t rows, int64_t columns, float* out, int64_t pitch) {
-  const int64_t rank = left.shape[1], stride = row_stride(left);
-  for (int64_t c = 0; c < columns; c += panel_width)
-    for (int64_t r = 0; r < rows; r += tile_rows) {
-      const float* lines[tile_rows];  // those beyond the last repeat it
-      for (int64_t i = 0; i < tile_rows; ++i)
-        lines[i] = static_cast<const float*>(left.data) + (row + std::min(r + i, rows - 1)) * stride;
-      multiply(lines, panels + (column + c) * rank, rank, out + r * pitch + c, pitch);
-    }
-}
-
 // --- The call -------------------------------------------------------------------------------------------------------
 
 // The place of entry `index` among the selected ones.
@@ -690,18 +583,15 @@ struct Buffers {
   }
 };
 
-int64_t pitch_of(int64_t columns) { return round_up(columns, panel_width) + line_floats; }
+int64_t pitch_of(int64_t columns) { return round_up(columns, line_floats) + line_floats; }
 
 template <class Step>
-void update(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
+void update(const MaskedPlan& plan, const TensorView& param, const TensorView& grad, const Mask& mask,
             const AdamState* state, const Step& step, const TensorView* clamp_to, char* workspace) {
   const int64_t n_rows = param.shape[0], n_columns = param.shape[1], pitch = pitch_of(plan.columns);
   const int64_t bits_pitch = words_for(pitch) + 2;
   const PhiloxBits philox_bits = philox_bits_of(plan.isa);
   const auto kernel = kernel_of(plan.isa, step);
-  const Multiply multiply = multiply_of(plan.isa);
-  float* panels = reinterpret_cast<float*>(workspace + plan.threads * plan.thread_bytes);
-  if (grad.right) pack_panels(*grad.right, panels, plan.threads);
   const int64_t across = ceil_div(n_columns, plan.task_columns), tasks = ceil_div(n_rows, plan.task_rows) * across;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(plan.threads)
   for (int64_t task = 0; task < tasks; ++task) {
@@ -712,7 +602,7 @@ void update(const MaskedPlan& plan, const TensorView& param, const Gradient& gra
 #endif
     const Buffers buffers(workspace + thread * plan.thread_bytes, plan.rows, pitch);
     Rows weights(&param, plan.isa, buffers.param, pitch), bounds(clamp_to, plan.isa, buffers.clamp_to, pitch);
-    Rows gradient(grad.right ? nullptr : grad.left, plan.isa, buffers.grad, pitch);
+    Rows gradient(&grad, plan.isa, buffers.grad, pitch);
     const int64_t task_row = task / across * plan.task_rows, first_column = task % across * plan.task_columns;
     const int64_t last_row = std::min(n_rows, task_row + plan.task_rows);
     const int64_t last_column = std::min(n_columns, first_column + plan.task_columns);
@@ -720,21 +610,22 @@ void update(const MaskedPlan& plan, const TensorView& param, const Gradient& gra
       const int64_t rows = std::min(plan.rows, last_row - row);
       if (state)
         for (int64_t r = 0; r < rows; ++r)
-          buffers.rank[r] = rank_of(mask, philox_bits, state->offsets, (row + r) * n_columns + first_column);
+          buffers.rank[r] = rank_of(mask, philox_bits, state->offsets,
+                                    mask.start + (row + r) * n_columns + first_column);
       for (int64_t column = first_column; column < last_column; column += plan.columns) {
         const int64_t columns = std::min(plan.columns, last_column - column);
         for (int64_t r = 0; r < rows; ++r) {
           Upcoming upcoming;
           for (const Rows* tensor : {&weights, &gradient, &bounds}) tensor->announce(row + r, column, upcoming);
-          mask_bits(mask, philox_bits, (row + r) * n_columns + column, columns, buffers.bits + r * bits_pitch, upcoming);
+          mask_bits(mask, philox_bits, mask.start + (row + r) * n_columns + column, columns,
+                    buffers.bits + r * bits_pitch, upcoming);
         }
         weights.fetch(row, column, rows, columns);
         gradient.fetch(row, column, rows, columns);
         bounds.fetch(row, column, rows, columns);
-        if (grad.right) multiply_chunk(*grad.left, panels, multiply, row, column, rows, columns, buffers.grad, pitch);
         for (int64_t r = 0; r < rows; ++r) {
-          Run run{weights.row(r), grad.right ? buffers.grad + r * pitch : gradient.row(r), bounds.row(r),
-                  buffers.bits + r * bits_pitch, columns, nullptr, nullptr, buffers.packed_w, buffers.packed_g};
+          Run run{weights.row(r), gradient.row(r), bounds.row(r), buffers.bits + r * bits_pitch, columns,
+                  nullptr,        nullptr,         buffers.packed_w, buffers.packed_g};
           if (state) {
             run.first = state->first + buffers.rank[r];
             run.second = state->second + buffers.rank[r];
@@ -772,27 +663,18 @@ void store_any(const TensorView& view, int64_t row, int64_t column, float value)
   }
 }
 
-float gradient_at(const Gradient& grad, int64_t row, int64_t column) {
-  if (!grad.right) return load_any(*grad.left, row, column);
-  const float* a = static_cast<const float*>(grad.left->data) + row * row_stride(*grad.left);
-  const float* b = static_cast<const float*>(grad.right->data) + column * row_stride(*grad.right);
-  float sum = 0;
-  for (int64_t k = 0; k < grad.left->shape[1]; ++k) sum += a[k] * b[k];
-  return sum;
-}
-
 template <class Index, class Change>
-void update_listed(const TensorView& param, const Gradient& grad, const Mask& mask, int threads, const Change& change) {
+void update_listed(const TensorView& param, const TensorView& grad, const Mask& mask, int threads, const Change& change) {
   const int64_t n_columns = param.shape[1];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < mask.size; ++i) {
     const int64_t index = index_at<Index>(mask, i), row = index / n_columns, column = index % n_columns;
-    store_any(param, row, column, change(i, load_any(param, row, column), gradient_at(grad, row, column)));
+    store_any(param, row, column, change(i, load_any(param, row, column), load_any(grad, row, column)));
   }
 }
 
 template <class Change>
-void update_listed(const TensorView& param, const Gradient& grad, const Mask& mask, int threads, const Change& change) {
+void update_listed(const TensorView& param, const TensorView& grad, const Mask& mask, int threads, const Change& change) {
   if (mask.wide)
     update_listed<int64_t>(param, grad, mask, threads, change);
   else
@@ -801,34 +683,26 @@ void update_listed(const TensorView& param, const Gradient& grad, const Mask& ma
 
 }  // namespace
 
-MaskedPlan plan_masked_update(const TensorView& param, const Gradient& grad, const TensorView* clamp_to, Isa isa,
+MaskedPlan plan_masked_update(const TensorView& param, const TensorView& grad, const TensorView* clamp_to, Isa isa,
                               int threads) {
   const int64_t n_rows = std::max<int64_t>(param.shape[0], 1), n_columns = std::max<int64_t>(param.shape[1], 1);
-  if (n_rows * n_columns * (grad.right ? 1 + grad.left->shape[1] : 16) < small_work) threads = 1;
+  if (n_rows * n_columns * 16 < small_work) threads = 1;
   MaskedPlan plan{isa, threads, 1, run_length, 1, n_columns, 0, 0};
-  const bool by_rows = column_stride(param) == 1 && (!clamp_to || column_stride(*clamp_to) == 1) &&
-                       (grad.right || column_stride(*grad.left) == 1);
-  if (grad.right) {
-    const bool thin = grad.left->shape[1] <= 64;  // the packed factor stays in the cache, so rows may be long
-    plan.rows = plan.task_rows = thin ? 16 : 64;
-    plan.columns = thin ? 512 : 128;
-  } else if (by_rows) {
+  if (column_stride(param) == 1 && column_stride(grad) == 1 && (!clamp_to || column_stride(*clamp_to) == 1)) {
     plan.task_columns = std::min(n_columns, task_entries);
     plan.task_rows = std::max<int64_t>(1, task_entries / n_columns);
   } else {
-    plan.rows = 32;
-    plan.columns = 128;
-    plan.task_rows = 32;
+    plan.rows = plan.task_rows = turned_rows;
+    plan.columns = turned_columns;
   }
-  plan.rows = std::min(plan.rows, round_up(n_rows, tile_rows));
-  plan.columns = std::min(plan.columns, round_up(n_columns, panel_width));
+  plan.rows = std::min(plan.rows, n_rows);
+  plan.columns = std::min(plan.columns, n_columns);
   plan.thread_bytes = Buffers::bytes(plan.rows, pitch_of(plan.columns));
   plan.workspace_bytes = size_t(threads) * plan.thread_bytes;
-  if (grad.right) plan.workspace_bytes += size_t(round_up(n_columns, panel_width) * grad.right->shape[1]) * sizeof(float);
   return plan;
 }
 
-void masked_sgd(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
+void masked_sgd(const MaskedPlan& plan, const TensorView& param, const TensorView& grad, const Mask& mask,
                 const SgdStep& step, const TensorView* clamp_to, void* workspace) {
   if (param.numel() == 0) return;
   if (mask.kind != Mask::Kind::indices)
@@ -838,7 +712,7 @@ void masked_sgd(const MaskedPlan& plan, const TensorView& param, const Gradient&
   });
 }
 
-void masked_adam(const MaskedPlan& plan, const TensorView& param, const Gradient& grad, const Mask& mask,
+void masked_adam(const MaskedPlan& plan, const TensorView& param, const TensorView& grad, const Mask& mask,
                  const AdamState& state, const AdamStep& step, const TensorView* clamp_to, void* workspace) {
   if (param.numel() == 0) return;
   if (mask.kind != Mask::Kind::indices)

@@ -23,6 +23,7 @@ from .philox import philox
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SCOPES = ("all", "masked", "none")
 _PIECE = 1 << 20  # entries that the torch backend works on at a time
+_CACHED = 1 << 19  # entries of a product that the cpp backend multiplies out at a time
 
 Gradient = Tensor | tuple[Tensor, Tensor]
 
@@ -711,34 +712,42 @@ def _masked_adam_torch(
 # ---- compiled -------------------------------------------------------------------------------------------
 
 
-def _flat(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One row of all entries where every tensor is contiguous: the longest runs."""
-    if all(t is None or t.is_contiguous() for t in tensors):
-        return tuple(None if t is None else t.detach().view(1, -1) for t in tensors)
-    return tuple(None if t is None else t.detach() for t in tensors)
-
-
-def _prepared(
+def _blocks(
     param: Tensor, grad: Tensor, right: Tensor | None, clamp_to: Tensor | None
-) -> tuple[Any, Any, Any, Any]:
-    """The tensors as the compiled kernels take them: on a GPU the gradient as a matrix, and nothing in float64."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
+    """Weight, gradient and bound as the compiled kernels take them, and the index of the first entry.
+
+    A gradient given as a product is multiplied out for so many rows at a time that they stay in the cache; on a
+    GPU, where kernels take whole tensors, for all.
+    """
+    param, clamp_to = param.detach(), None if clamp_to is None else clamp_to.detach()
     if param.device.type == "cuda":
-        grad = _product(grad, right) if right is not None else _narrow(grad)
-        right, clamp_to = None, None if clamp_to is None else _narrow(clamp_to)
-    if right is not None:
-        into, bound = param.detach(), None if clamp_to is None else clamp_to.detach()
-        return into, _factor(grad), _factor(right), bound
-    into, grad, bound = _flat(param, grad, clamp_to)  # type: ignore[assignment]
-    return into, grad, None, bound
+        grad, right = (grad if right is None else _product(grad, right)), None
+        grad, clamp_to = _narrow(grad), None if clamp_to is None else _narrow(clamp_to)
+    if right is None:
+        yield (*_flat(param, grad.detach(), clamp_to), 0)
+        return
+    left, right = grad.detach().float(), right.detach().float().T
+    rows, columns = param.shape
+    step = max(32, _CACHED // max(1, columns))
+    buffer = param.new_empty((min(step, rows), columns), dtype=torch.float32)
+    with backend.full_float32():
+        for r in range(0, rows, step):
+            block = slice(r, min(rows, r + step))
+            piece = torch.mm(left[block], right, out=buffer[: block.stop - r])
+            bound = None if clamp_to is None else clamp_to[block]
+            yield param[block], piece, bound, r * columns
+
+
+def _flat(param: Tensor, grad: Tensor, clamp_to: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One row of all entries where every tensor is contiguous: the longest runs."""
+    if param.is_contiguous() and grad.is_contiguous() and (clamp_to is None or clamp_to.is_contiguous()):
+        return param.view(1, -1), grad.view(1, -1), None if clamp_to is None else clamp_to.view(1, -1)
+    return param, grad, clamp_to
 
 
 def _narrow(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _factor(factor: Tensor) -> Tensor:
-    """In float32 with contiguous rows: thin, so a copy costs next to nothing."""
-    return factor.detach().float().contiguous()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -768,10 +777,14 @@ def _masked_sgd_compiled(
 ) -> None:
     if param.numel() == 0:
         return
-    into, grad, right, bound = _prepared(param, grad, right, clamp_to)
-    backend.extension().masked_sgd(  # type: ignore[union-attr]
-        into, grad, right, mask, key, lr, decay, decay_scope, bound, clamp
-    )
+    if right is not None and _is_indices(mask):
+        return _masked_sgd_torch(param, grad, right, mask, key, lr, decay, decay_scope)
+    module = backend.extension()
+    for into, g, bound, start in _blocks(param, grad, right, clamp_to):
+        module.masked_sgd(  # type: ignore[union-attr]
+            into, g, mask, key, lr, decay, decay_scope, bound, clamp, start=start
+        )
+    return None
 
 
 def _masked_adam_compiled(
@@ -796,14 +809,20 @@ def _masked_adam_compiled(
 ) -> None:
     if param.numel() == 0:
         return
-    module = backend.extension()
-    into, grad, right, bound = _prepared(param, grad, right, clamp_to)
+    if right is not None and _is_indices(mask):
+        return _masked_adam_torch(
+            param, grad, right, exp_avg, exp_avg_sq, offsets, mask, key, step, lr, beta1, beta2, eps, weight_decay,
+            decoupled, decay_scope,
+        )  # fmt: skip
+    module, n = backend.extension(), param.numel()
     numbers = module.AdamStep(  # type: ignore[union-attr]
         lr, beta1, beta2, eps, step, weight_decay, decoupled, decay_scope, clamp
     )
-    module.masked_adam(  # type: ignore[union-attr]
-        into, grad, right, exp_avg, exp_avg_sq, offsets, mask, key, numbers, bound
-    )
+    for into, g, bound, start in _blocks(param, grad, right, clamp_to):
+        module.masked_adam(  # type: ignore[union-attr]
+            into, g, exp_avg, exp_avg_sq, offsets, mask, key, numbers, bound, start=start, n=n
+        )
+    return None
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------

@@ -66,10 +66,10 @@ def _adam(module, architecture, dtype, kind, layout, dense):
         ),
         **PHILOX, **{f"stride_{t}{i}": "i32" for t in "wgt" for i in (0, 1)}, "KIND": kind,
         "FLAT": layout == "flat", "DECAYS_GRADIENT": False, "DECAYS": dense, "DECAYS_ALL": dense,
-        "CLAMPS": dense, "BLOCK": module.MASK_BLOCK,
+        "CLAMPS": dense, "BLOCK": module.MASK_BLOCK, "STEP": module._ADAM[layout == "flat"][0],
     }  # fmt: skip
     pointers = ("w_ptr", "g_ptr", "to_ptr", "bits_ptr", "m_ptr", "v_ptr", "offsets_ptr", "N")
-    return module._adam_kernel, arguments, pointers, module._ADAM_WARPS[layout == "flat"], 3
+    return module._adam_kernel, arguments, pointers, module._ADAM[layout == "flat"][1], 3
 
 
 def _bits(module, architecture, dtype, kind, layout, dense):
