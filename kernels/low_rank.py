@@ -164,7 +164,7 @@ _MATRIX_STEP = 16
 
 
 def product(dtype, rank, residual=False):
-    """How the product of the factors is summed for a weight's dtype, a rank, and with a residual, which is float32."""
+    """How the product of the factors is summed for a dtype of weight, a rank, and with a (float32) residual."""
     if rank <= _OUTER_RANK:
         return "outer"
     return "split" if dtype == torch.bfloat16 and not residual else "tf32x3"
