@@ -23,12 +23,12 @@ test: $(VENV)/.test  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m slow
 
-lint: $(VENV)/.lint  ## ruff and mypy
+lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.lint  ## let ruff rewrite the sources
+format: $(VENV)/.test  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -57,10 +57,6 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/pip install -q -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.installed
-	$(BIN)/pip install -q -e '.[test]'
-	touch $@
-
-$(VENV)/.lint: $(VENV)/.installed
-	$(BIN)/pip install -q -e '.[lint]'
-	touch $@
+$(VENV)/.test: $(SOURCES) | $(VENV)/.torch  # one build serves demo, tests and linters
+	$(BIN)/pip install -q -e '.[test,lint]'
+	touch $@ $(VENV)/.installed
