@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastedit.bench import common
 
+from fastedit.bench import common
 from fastedit.ops import KeyIndex, max_inner_product, nearest_key
 from fastedit.ops.retrieval import exact_values
 
