@@ -116,7 +116,7 @@ def routing_score(
     check.is_tensor(op, x=x, base_weight=base_weight, **{f"memories[{i}]": w for i, w in enumerate(listed)})
     name = _ALIASES.get(activation, activation)
     x, base_weight, listed = x.detach(), base_weight.detach(), [memory.detach() for memory in listed]
-    return backend.call(op, x, base_weight, listed, name, transposed, bias, metric)  # type: ignore[no-any-return]
+    return backend.call(op, x, base_weight, listed, name, transposed, bias, metric)
 
 
 def route(
