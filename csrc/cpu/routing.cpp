@@ -13,8 +13,8 @@
 //   few, columns          outputs lie in the lanes; tokens are broadcast
 //   one token             as for few, without the buffers
 //
-// Work: (m + 1) T d_in d_out multiply-adds, m without σ. Memory: every weight once for each `task_tokens` tokens,
-// tokens from cache. Squares of a task's rows are summed in float, tasks' sums in double, in the order of rows.
+// Work: (m + 1) T d_in d_out multiply-adds, m without σ. Memory: every weight once for each `task_tokens` tokens, tokens
+// from cache. Squares of a task's rows are summed in float, tasks' sums in double, in the order of rows.
 
 #include "../routing.h"
 
@@ -31,8 +31,8 @@ namespace fastedit::cpu {
 namespace {
 
 constexpr int64_t few_tokens = 8;
-// How much of d_in is fetched at once: weights and tokens of a chunk stay in cache. The buffers' lines are longer,
-// since lines a power of two apart would share cache sets.
+// How much of d_in is fetched at once: weights and tokens of a chunk stay in cache. The buffers' lines are longer, since
+// lines a power of two apart would share cache sets.
 constexpr int64_t chunk = 256, pitch = chunk + 16;
 constexpr int64_t dot_rows = 4;          // rows of every weight that are multiplied together
 constexpr int64_t column_chunk = 8;      // of d_in, where few tokens meet weights stored by columns,
@@ -46,7 +46,7 @@ constexpr int64_t line_bytes = 64;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// --- Widening: to = from − minus (or from) in float ----------------------------------------------------------------
+// --- Widening: to = from − minus (or from) in float; asks for memory that a later chunk will read ---------------------
 
 using Widen = void (*)(const void* from, const float* minus, int64_t n, float* to);
 
@@ -100,7 +100,7 @@ FASTEDIT_AVX512 void widen_avx512<F16>(const void* from, const float* minus, int
 
 #endif  // __x86_64__
 
-// --- Products, written once with vector types of the compiler ------------------------------------------------------
+// --- Products, written once with vector types of the compiler -----------------------------------------------------------
 
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec8 __attribute__((vector_size(32)));
@@ -161,7 +161,7 @@ FASTEDIT_INLINE void dot(const float* lines, const float* x, int64_t n, float* p
     for (int t = 0; t < Tokens; ++t) store(sum[l][t], part + (l * Tokens + t) * lanes);
 }
 
-// --- One token: weights go from memory straight into the sums ------------------------------------------------------
+// --- One token: weights go from memory straight into the sums ---------------------------------------------------------------
 
 template <class Vec>
 struct Bits;
@@ -194,8 +194,8 @@ FASTEDIT_INLINE void load_as(BF16, const uint16_t* from, Vec& to) {
   std::memcpy(&to, &word, sizeof(Vec));
 }
 
-// part (Weights, dot_rows), a vector each, += the lanes of row · x over n elements, a multiple of the lanes; of
-// memories less the base. rows[w * dot_rows + r]: a row of weight w.
+// part (Weights, dot_rows), a vector each, += the lanes of row · x over n elements, a multiple of the lanes; of memories
+// less the base. rows[w * dot_rows + r]: a row of weight w.
 using DirectDot = void (*)(const void* const* rows, const float* x, int64_t n, float* part);
 
 template <class Vec, class Type, int Weights>
@@ -222,10 +222,10 @@ FASTEDIT_INLINE void direct_dot(const void* const* rows, const float* x, int64_t
     for (int r = 0; r < lines; ++r) store(sum[w][r], part + (w * lines + r) * lanes);
 }
 
-// sums[w * step + c] += Σ x[k] weight[w][k, c] over column_chunk rows and n columns, a multiple of the lanes; of
-// memories less the base. The weights' rows are `stride` bytes apart.
-using DirectColumns = void (*)(const char* const* weights, const int64_t* stride, const float* x, int64_t n,
-                               float* sums, int64_t step);
+// sums[w * step + c] += Σ x[k] weight[w][k, c] over column_chunk rows and n columns, a multiple of the lanes; of memories
+// less the base. The weights' rows are `stride` bytes apart.
+using DirectColumns = void (*)(const char* const* weights, const int64_t* stride, const float* x, int64_t n, float* sums,
+                               int64_t step);
 
 template <class Vec, class Type, int Weights>
 FASTEDIT_INLINE void direct_columns(const char* const* weights, const int64_t* stride, const float* x, int64_t n,
@@ -249,7 +249,7 @@ FASTEDIT_INLINE void direct_columns(const char* const* weights, const int64_t* s
   }
 }
 
-// --- σ, by the formula, within a few units in the last place of its value ------------------------------------------
+// --- σ, by the formula, within a few units in the last place of its value ---------------------------------------------------
 
 FASTEDIT_INLINE float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;  // NaN passes
@@ -312,7 +312,7 @@ FASTEDIT_INLINE void activate_generic(Activation activation, float* y, int64_t n
   }
 }
 
-// --- What each instruction set offers ------------------------------------------------------------------------------
+// --- What each instruction set offers -----------------------------------------------------------------------------------------
 
 struct Kernels {
   int lanes;
@@ -324,8 +324,8 @@ struct Kernels {
   int token_vectors[4];
   Dot dot[4];  // by log2 of the tokens
   int dot_lines[4];  // that divide dot_rows
-  const DirectDot (*direct_dot)[max_direct];  // for float and bfloat16, by the number of memories
-  const DirectColumns (*direct_columns)[max_direct];
+  DirectDot direct_dot[2][max_direct];  // for float and bfloat16 and each number of memories
+  DirectColumns direct_columns[2][max_direct];
   Activate activate;
 };
 
@@ -350,15 +350,6 @@ constexpr int64_t rows_per_task = 24, columns_per_task = 384;  // multiples of a
                                     float* sums, int64_t step) {                                                      \
     direct_columns<VEC, Type, Weights>(weights, stride, x, n, sums, step);                                            \
   }                                                                                                                   \
-  constexpr DirectDot direct_dots_##NAME[2][max_direct] = {                                                           \
-      {direct_dot_##NAME<F32, 2>, direct_dot_##NAME<F32, 3>, direct_dot_##NAME<F32, 4>, direct_dot_##NAME<F32, 5>},   \
-      {direct_dot_##NAME<BF16, 2>, direct_dot_##NAME<BF16, 3>, direct_dot_##NAME<BF16, 4>,                            \
-       direct_dot_##NAME<BF16, 5>}};                                                                                  \
-  constexpr DirectColumns direct_column_sums_##NAME[2][max_direct] = {                                                \
-      {direct_columns_##NAME<F32, 2>, direct_columns_##NAME<F32, 3>, direct_columns_##NAME<F32, 4>,                   \
-       direct_columns_##NAME<F32, 5>},                                                                                \
-      {direct_columns_##NAME<BF16, 2>, direct_columns_##NAME<BF16, 3>, direct_columns_##NAME<BF16, 4>,                \
-       direct_columns_##NAME<BF16, 5>}};                                                                              \
   TARGET void activate_##NAME(Activation activation, float* y, int64_t n) { activate_generic(activation, y, n); }
 
 FASTEDIT_PRODUCTS(scalar, , Vec4)
@@ -373,10 +364,12 @@ constexpr Kernels kernels_scalar = {
     4, 2, {widen_scalar<F32>, widen_scalar<BF16>, widen_scalar<F16>},
     {outer_scalar<12, 1, by_row, 1>, outer_scalar<6, 2, by_row, 1>},
     {outer_scalar<12, 1, 1, by_column>, outer_scalar<6, 2, 1, by_column>}, {12, 6},
-    {outer_scalar<1, 4, by_row, 1>, outer_scalar<2, 4, by_row, 1>, outer_scalar<4, 2, by_row, 1>,
-     outer_scalar<8, 1, by_row, 1>},
+    {outer_scalar<1, 4, by_row, 1>, outer_scalar<2, 4, by_row, 1>, outer_scalar<4, 2, by_row, 1>, outer_scalar<8, 1, by_row, 1>},
     {4, 4, 2, 1}, {dot_scalar<4, 1>, dot_scalar<4, 2>, dot_scalar<2, 4>, dot_scalar<1, 8>}, {4, 4, 2, 1},
-    direct_dots_scalar, direct_column_sums_scalar,
+    {{direct_dot_scalar<F32, 2>, direct_dot_scalar<F32, 3>, direct_dot_scalar<F32, 4>, direct_dot_scalar<F32, 5>},
+     {direct_dot_scalar<BF16, 2>, direct_dot_scalar<BF16, 3>, direct_dot_scalar<BF16, 4>, direct_dot_scalar<BF16, 5>}},
+    {{direct_columns_scalar<F32, 2>, direct_columns_scalar<F32, 3>, direct_columns_scalar<F32, 4>, direct_columns_scalar<F32, 5>},
+     {direct_columns_scalar<BF16, 2>, direct_columns_scalar<BF16, 3>, direct_columns_scalar<BF16, 4>, direct_columns_scalar<BF16, 5>}},
     activate_scalar};
 
 #if defined(__x86_64__)
@@ -385,23 +378,26 @@ constexpr Kernels kernels_avx2 = {
     8, 2, {widen_avx2<F32>, widen_avx2<BF16>, widen_avx2<F16>},
     {outer_avx2<12, 1, by_row, 1>, outer_avx2<6, 2, by_row, 1>},
     {outer_avx2<12, 1, 1, by_column>, outer_avx2<6, 2, 1, by_column>}, {12, 6},
-    {outer_avx2<1, 4, by_row, 1>, outer_avx2<2, 4, by_row, 1>, outer_avx2<4, 2, by_row, 1>,
-     outer_avx2<8, 1, by_row, 1>},
+    {outer_avx2<1, 4, by_row, 1>, outer_avx2<2, 4, by_row, 1>, outer_avx2<4, 2, by_row, 1>, outer_avx2<8, 1, by_row, 1>},
     {4, 4, 2, 1}, {dot_avx2<4, 1>, dot_avx2<4, 2>, dot_avx2<2, 4>, dot_avx2<1, 8>}, {4, 4, 2, 1},
-    direct_dots_avx2, direct_column_sums_avx2,
+    {{direct_dot_avx2<F32, 2>, direct_dot_avx2<F32, 3>, direct_dot_avx2<F32, 4>, direct_dot_avx2<F32, 5>},
+     {direct_dot_avx2<BF16, 2>, direct_dot_avx2<BF16, 3>, direct_dot_avx2<BF16, 4>, direct_dot_avx2<BF16, 5>}},
+    {{direct_columns_avx2<F32, 2>, direct_columns_avx2<F32, 3>, direct_columns_avx2<F32, 4>, direct_columns_avx2<F32, 5>},
+     {direct_columns_avx2<BF16, 2>, direct_columns_avx2<BF16, 3>, direct_columns_avx2<BF16, 4>, direct_columns_avx2<BF16, 5>}},
     activate_avx2};
 
 constexpr Kernels kernels_avx512 = {
     16, 4, {widen_avx512<F32>, widen_avx512<BF16>, widen_avx512<F16>},
-    {outer_avx512<8, 1, by_row, 1>, outer_avx512<8, 2, by_row, 1>, outer_avx512<8, 3, by_row, 1>,
-     outer_avx512<6, 4, by_row, 1>},
+    {outer_avx512<8, 1, by_row, 1>, outer_avx512<8, 2, by_row, 1>, outer_avx512<8, 3, by_row, 1>, outer_avx512<6, 4, by_row, 1>},
     {outer_avx512<8, 1, 1, by_column>, outer_avx512<8, 2, 1, by_column>, outer_avx512<8, 3, 1, by_column>,
      outer_avx512<6, 4, 1, by_column>},
     {8, 8, 8, 6},
-    {outer_avx512<1, 4, by_row, 1>, outer_avx512<2, 4, by_row, 1>, outer_avx512<4, 4, by_row, 1>,
-     outer_avx512<8, 2, by_row, 1>},
+    {outer_avx512<1, 4, by_row, 1>, outer_avx512<2, 4, by_row, 1>, outer_avx512<4, 4, by_row, 1>, outer_avx512<8, 2, by_row, 1>},
     {4, 4, 4, 2}, {dot_avx512<4, 1>, dot_avx512<4, 2>, dot_avx512<4, 4>, dot_avx512<2, 8>}, {4, 4, 4, 2},
-    direct_dots_avx512, direct_column_sums_avx512,
+    {{direct_dot_avx512<F32, 2>, direct_dot_avx512<F32, 3>, direct_dot_avx512<F32, 4>, direct_dot_avx512<F32, 5>},
+     {direct_dot_avx512<BF16, 2>, direct_dot_avx512<BF16, 3>, direct_dot_avx512<BF16, 4>, direct_dot_avx512<BF16, 5>}},
+    {{direct_columns_avx512<F32, 2>, direct_columns_avx512<F32, 3>, direct_columns_avx512<F32, 4>, direct_columns_avx512<F32, 5>},
+     {direct_columns_avx512<BF16, 2>, direct_columns_avx512<BF16, 3>, direct_columns_avx512<BF16, 4>, direct_columns_avx512<BF16, 5>}},
     activate_avx512};
 #endif
 
@@ -414,7 +410,7 @@ const Kernels& kernels_of(Isa isa) {
   return kernels_scalar;
 }
 
-// --- The call ------------------------------------------------------------------------------------------------------
+// --- The call -------------------------------------------------------------------------------------------------------------------
 
 struct Weight {
   const char* data;
@@ -506,7 +502,7 @@ void square_line(const Call& call, float* y, int64_t step, int64_t n, const floa
 
 const float* bias_at(const Call& call, int64_t row) { return call.bias ? call.bias + row : nullptr; }
 
-// --- Many tokens: (weights, rows, tokens) products, tokens in the lanes --------------------------------------------
+// --- Many tokens: (weights, rows, tokens) products, tokens in the lanes -------------------------------------------------------------
 
 struct Panels {
   int64_t width;  // of all panels but the last
@@ -568,8 +564,7 @@ void many_tokens(const Call& call, const RoutingPlan& plan, int64_t task_row,
       const Outer multiply = call.transposed ? kernels.columns[vectors - 1] : kernels.rows[vectors - 1];
       for (int64_t w = call.first_product(); w < call.n_weights; ++w)
         for (int64_t r = 0; r < n_rows; r += block) {
-          const float* left =
-              buffer + (call.transposed ? w * n * columns_per_task + r : (w * plan.task_rows + r) * pitch);
+          const float* left = call.transposed ? buffer + w * n * columns_per_task + r : buffer + (w * plan.task_rows + r) * pitch;
           multiply(left, right, width, n, products + (w * plan.task_rows + r) * step + t - first_token, step);
         }
     }
@@ -587,7 +582,7 @@ void many_tokens(const Call& call, const RoutingPlan& plan, int64_t task_row,
   }
 }
 
-// --- Few tokens: (weights, tokens, rows) products ------------------------------------------------------------------
+// --- Few tokens: (weights, tokens, rows) products ---------------------------------------------------------------------------------------
 
 // Chunk after chunk of d_in; in it a line of `pitch` for each of 2^token_class tokens, zeros where there is nothing.
 void pack_few(const Call& call, const TensorView& x) {
@@ -597,14 +592,14 @@ void pack_few(const Call& call, const TensorView& x) {
   for (int64_t k = 0; k < call.d_in; k += chunk, packed += lines * pitch) {
     const int64_t n = std::min(chunk, call.d_in - k);
     std::fill(packed, packed + lines * pitch, 0.0f);
-    const char* from = static_cast<const char*>(x.data) + k * size_of(x.dtype);
     for (int64_t t = 0; t < call.n_tokens; ++t)
-      widen(from + t * x.stride[0] * size_of(x.dtype), nullptr, n, packed + t * pitch);
+      widen(static_cast<const char*>(x.data) + (t * x.stride[0] + k) * size_of(x.dtype), nullptr, n, packed + t * pitch);
   }
 }
 
 // Sums over d_in in the lanes, then over the lanes.
-void dot_task(const Call& call, const RoutingPlan& plan, int64_t row, int64_t n_rows, float* buffer, float* products) {
+void dot_task(const Call& call, const RoutingPlan& plan, int64_t row, int64_t n_rows,
+              float* buffer, float* products) {
   const Kernels& kernels = call.kernels;
   const int64_t tokens = int64_t(1) << call.token_class, lanes = kernels.lanes;
   const int64_t lines = call.n_weights * dot_rows, step = kernels.dot_lines[call.token_class];
@@ -620,8 +615,7 @@ void dot_task(const Call& call, const RoutingPlan& plan, int64_t row, int64_t n_
         const void* rows[(1 + max_direct) * dot_rows];
         for (int64_t line = 0; line < lines; ++line) {  // those beyond the last repeat it
           const Weight& weight = call.weights[line / dot_rows];
-          const int64_t r = row + r0 + std::min(line % dot_rows, n_lines - 1);
-          rows[line] = weight.data + r * weight.stride + k * weight.element;
+          rows[line] = weight.data + (row + r0 + std::min(line % dot_rows, n_lines - 1)) * weight.stride + k * weight.element;
         }
         kernels.direct_dot[call.direct][call.n_weights - 2](rows, x, n, part);
         continue;
@@ -642,8 +636,7 @@ void dot_task(const Call& call, const RoutingPlan& plan, int64_t row, int64_t n_
 // Outputs in the lanes. Rows of the stored weights are read from end to end: a task owns a range of d_in.
 void column_task(const Call& call, int64_t task, float* buffer) {
   const Kernels& kernels = call.kernels;
-  const int64_t tokens = int64_t(1) << call.token_class;
-  const int64_t width = kernels.token_vectors[call.token_class] * kernels.lanes;
+  const int64_t tokens = int64_t(1) << call.token_class, width = kernels.token_vectors[call.token_class] * kernels.lanes;
   const Outer multiply = kernels.tokens[call.token_class];
   const int64_t step = round_up(call.d_out, column_width), end = call.d_in * (task + 1) / column_tasks;
   float* const products = call.products + task * call.n_weights * tokens * step;
