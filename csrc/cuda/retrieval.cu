@@ -1,16 +1,17 @@
 // The nearest key, and the greatest inner products, on a GPU: a scan that bounds tiles of keys, then exact values.
 //
-//   scan    Inner products of 16 or 64 queries with 64 keys on tensor cores (mma.sync m16n8k8, TF32), and the keys' norms.
-//           How far off a product can be is known, so for every query and tile of 16 keys two numbers are stored: no key
-//           of the tile is better than `upper`, one is at least as good as `lower`.
+//   scan    Inner products of 16 or 64 queries with 64 keys on tensor cores (mma.sync m16n8k8, TF32), and the keys'
+//           norms. How far off a product can be is known, so for every query and tile of 16 keys two numbers are
+//           stored: no key of the tile is better than `upper`, one is at least as good as `lower`.
 //   bar     For every query the k-th greatest of some keys' `lower`: what does not reach it is not among the best k.
-//   exact   Tiles whose `upper` reaches the bar are computed again in float64, a warp for each key; blocks keep their best k.
+//   exact   Tiles whose `upper` reaches the bar are computed again in float64, a warp for each key; blocks keep their
+//           best k.
 //   merge   The best k of a query's blocks.
 //
 // float32 keys take three products (high and low parts of both), narrower keys are exact in TF32 and take two. A float64
-// value is summed in an order that depends on d alone, and candidates are ordered by (value, index): results do not depend
-// on tiles, and are the same bits on every run. Nothing waits for the device, and no matrix of queries by keys is stored:
-// queries are served in chunks for which the bounds stay small.
+// value is summed in an order that depends on d alone, and candidates are ordered by (value, index): results do not
+// depend on tiles, and are the same bits on every run. Nothing waits for the device, and no matrix of queries by keys is
+// stored: queries are served in chunks for which the bounds stay small.
 //
 // Memory: each key once for 64 queries (16 where there are no more), then the few tiles that reach the bar.
 
@@ -50,7 +51,7 @@ __device__ __forceinline__ float key_value(int8_t v) { return float(v); }
 template <class Key>
 __device__ __forceinline__ float key_value(Key v) { return to_float(v); }
 
-// --- Scan --------------------------------------------------------------------------------------------------------------------
+// --- Scan ----------------------------------------------------------------------------------------------------------
 
 // Lines by `steps` elements of a matrix whose corner is at (line, first); zeros outside.
 template <class Element, int Lines, int Pitch, bool Aligned>
@@ -110,7 +111,8 @@ struct __align__(2 * sizeof(Key)) Pair {
 // adjacent places, for both operands alike.
 template <class Key, int Queries>
 __device__ __forceinline__ void multiply(const float* q, const Key* keys,
-                                         float (&sum)[Queries / 16][tile_keys / 8][4], float (&squares)[tile_keys / 8]) {
+                                         float (&sum)[Queries / 16][tile_keys / 8][4],
+                                         float (&squares)[tile_keys / 8]) {
   using L = Layout<Key, Queries>;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, line = lane / 4, pair = lane % 4 * 2;
 #pragma unroll
@@ -118,7 +120,8 @@ __device__ __forceinline__ void multiply(const float* q, const Key* keys,
     uint32_t high[L::column_tiles][2], low[L::column_tiles][2];
 #pragma unroll
     for (int j = 0; j < L::column_tiles; ++j) {
-      const auto from = *reinterpret_cast<const Pair<Key>*>(keys + (warp * tile_keys + j * 8 + line) * L::key_pitch + k + pair);
+      const Key* place = keys + (warp * tile_keys + j * 8 + line) * L::key_pitch + k + pair;
+      const auto from = *reinterpret_cast<const Pair<Key>*>(place);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float v = key_value(from.value[e]);
@@ -255,9 +258,9 @@ __global__ void __launch_bounds__(n_threads) scan_kernel(const __grid_constant__
     }
 }
 
-// --- Bar -----------------------------------------------------------------------------------------------------------------------
+// --- Bar -----------------------------------------------------------------------------------------------------------
 
-// A block for each query. The threads' greatest `lower` belong to different keys, so the k-th greatest of them is a bar.
+// A block for each query. The threads' greatest `lower` belong to different keys: the k-th greatest of them is a bar.
 __global__ void __launch_bounds__(256) bar_kernel(const float* lower, float* bar, int64_t n_tiles, int k) {
   __shared__ float values[256];
   const int thread = int(threadIdx.x);
@@ -272,7 +275,7 @@ __global__ void __launch_bounds__(256) bar_kernel(const float* lower, float* bar
   if (rank == k - 1) bar[blockIdx.x] = value;
 }
 
-// --- Exact ---------------------------------------------------------------------------------------------------------------------
+// --- Exact ---------------------------------------------------------------------------------------------------------
 
 struct Candidate {
   double value;
@@ -357,7 +360,7 @@ __global__ void __launch_bounds__(n_threads) exact_kernel(const __grid_constant_
   for (int i = thread; i < exact.k; i += n_threads) exact.found[int64_t(blockIdx.x) * exact.k + i] = best[i];
 }
 
-// --- Merge ----------------------------------------------------------------------------------------------------------------------
+// --- Merge ---------------------------------------------------------------------------------------------------------
 
 struct Output {
   const float* limit;  // radius of the keys, or threshold of the queries; may be null
@@ -371,7 +374,8 @@ __device__ __forceinline__ void write(const Output& out, const Candidate& found,
   const int64_t index = found.order == no_order ? -1 : found.order < 0 ? -found.order : found.order;
   if constexpr (Nearest) {
     const float distance = index < 0 ? infinity : float(sqrt(-found.value));
-    const bool covers = distance < infinity && (out.limit == nullptr || distance <= out.limit[index * out.stride_limit]);
+    const bool inside = out.limit == nullptr || (index >= 0 && distance <= out.limit[index * out.stride_limit]);
+    const bool covers = distance < infinity && inside;
     out.index[place] = covers ? index : -1;
     out.value[place] = distance;
   } else {
@@ -411,7 +415,7 @@ __global__ void nothing_kernel(Output out, int64_t n) {
   if (i < n) write<Nearest>(out, {-double(infinity), no_order}, 0, i);
 }
 
-// --- The launchers ------------------------------------------------------------------------------------------------------------------
+// --- The launchers -------------------------------------------------------------------------------------------------
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

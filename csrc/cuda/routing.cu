@@ -37,7 +37,7 @@ struct Arguments {
   Activation activation;
 };
 
-// --- σ ---------------------------------------------------------------------------------------------------------------------
+// --- σ -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float relu(float y) { return y < 0.0f ? 0.0f : y; }  // NaN stays NaN
 __device__ __forceinline__ float silu(float y) { return y / (1.0f + expf(-y)); }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void activate(Activation activation, float (&y)[N]) {
   }
 }
 
-// --- Shapes of tiles ---------------------------------------------------------------------------------------------------------
+// --- Shapes of tiles -----------------------------------------------------------------------------------------------
 
 // Tokens by outputs, and the bytes of d_in in a stage. Threads: WarpRows by WarpColumns warps.
 struct Few {
@@ -89,7 +89,7 @@ struct Tile {
   static constexpr int stage_elements = Shape::tokens * x_pitch + w_lines * w_pitch;
 };
 
-// --- Loading -------------------------------------------------------------------------------------------------------------------
+// --- Loading -------------------------------------------------------------------------------------------------------
 
 // Lines by Length elements of a matrix whose corner is at (line, first); zeros outside.
 template <class Tile, int Lines, int Length, int Pitch, bool Aligned>
@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_panel(typename Tile::Element* to, const typ
   }
 }
 
-// --- Multiplying, on tensor cores ---------------------------------------------------------------------------------------------------
+// --- Multiplying, on tensor cores ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_matrices_4(uint32_t (&to)[4], const void* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -180,7 +180,8 @@ struct TensorCores {
       uint32_t a[n_row_tiles][4], b[n_column_tiles][2];
 #pragma unroll
       for (int i = 0; i < n_row_tiles; ++i)
-        load_matrices_4(a[i], x + (first_token() + i * 16 + matrix % 2 * 8 + line) * Tile::x_pitch + k + matrix / 2 * 8);
+        load_matrices_4(a[i], x + (first_token() + i * 16 + matrix % 2 * 8 + line) * Tile::x_pitch + k +
+                                  matrix / 2 * 8);
 #pragma unroll
       for (int j = 0; j < n_column_tiles; ++j) {
         const int output = first_output() + j * 8, half = matrix % 2 * 8;  // lanes 16 to 31 give no addresses
@@ -212,7 +213,7 @@ struct TensorCores {
   }
 };
 
-// --- Multiplying, element by element ----------------------------------------------------------------------------------------------------
+// --- Multiplying, element by element -------------------------------------------------------------------------------
 
 // 16 threads along the outputs, the rest along the tokens.
 template <class Tile_>
@@ -260,7 +261,7 @@ struct MultiplyAdd {
   static __device__ __forceinline__ constexpr int sum_of(int own, int i) { return own * n_own_outputs + i; }
 };
 
-// --- The kernels -------------------------------------------------------------------------------------------------------------------------
+// --- The kernels ---------------------------------------------------------------------------------------------------
 
 template <class Math>
 __device__ __forceinline__ void add_bias(float (&y)[Math::n_sums], const float* bias, int64_t first, int64_t d_out) {
@@ -375,7 +376,7 @@ __global__ void finish_kernel(const float* partial, float* scores, int64_t n_til
   scores[i % n_tokens * n_memories + i / n_tokens] = float(sqrt(sum));
 }
 
-// --- The launcher ----------------------------------------------------------------------------------------------------------------------------
+// --- The launcher --------------------------------------------------------------------------------------------------
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -479,8 +480,8 @@ int routing(const TensorView& x, const TensorView& base, const TensorView* memor
   if (base.dtype != x.dtype) return int(cudaErrorInvalidValue);
   const DeviceGuard guard(x.device_index);
   if (guard.status() != 0) return guard.status();
-  const Problem problem{x,       base,      memories, n_memories, bias ? static_cast<const float*>(bias->data) : nullptr,
-                        options, workspace, static_cast<cudaStream_t>(stream)};
+  const float* bias_data = bias ? static_cast<const float*>(bias->data) : nullptr;
+  const Problem problem{x, base, memories, n_memories, bias_data, options, workspace, static_cast<cudaStream_t>(stream)};
   const int status = launch_typed(problem);
   if (status != 0) return status;
   const int64_t blocks = ceil_div(n, 256);
