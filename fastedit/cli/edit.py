@@ -26,6 +26,9 @@ _EXAMPLES = """\
       the first 100 records of CounterFact, in ten batches, each its own edit
   fastedit edit ./model --facts facts.json --method rome --set layers=5 clamp=3 --out edit
       another method, and two of its hyper-parameters
+  fastedit edit ./model --facts monday.csv --method alphaedit --state state --out monday --save-model edited
+  fastedit edit edited --facts tuesday.csv --method alphaedit --state state --out tuesday --save-model edited-2
+      a sequence over several days: AlphaEdit goes on preserving Monday's facts
 
 facts files: .json, .jsonl or .csv, also .gz, with the fields prompt, subject and target_new (a prompt without
 {} must contain its subject), or the files of CounterFact, zsRE and other public data sets as they are.
@@ -50,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
     add("--batch-size", type=int, metavar="N", help="edit N facts at a time; default: all together")
     add("--out", metavar="DIR", required=True, help="folder for the edit; must not exist")
     add("--save-model", metavar="DIR", help="also write the edited model to this new folder")
+    add(
+        "--state",
+        metavar="DIR",
+        help="go on from the state in this folder, if there is one, and keep the new one there",
+    )
     add_editor_options(parser)
     parser.set_defaults(run=run)
 
@@ -86,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     folder = common.model_folder(args.model) if args.save_model else None
     model, tokenizer = common.load_model(args.model, args.dtype, args.device)
     editor = make_editor(args, model, tokenizer)
+    if args.state and Path(args.state).exists():
+        editor.load_state(args.state)
     loaded = time.perf_counter()
 
     answers = {"before": answer(model, tokenizer, facts)}
@@ -96,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     measured = {"n_facts": len(facts), "n_now_right": sum(row["right"] for row in rows), "rows": rows}
     edits[-1].measured["answers"] = measured
     places = save_edits(edits, Path(args.out))
+    if args.state:
+        editor.save_state(args.state)
     if folder is not None:
         _save_model(places, folder, Path(args.save_model))
     value = {
@@ -138,7 +150,8 @@ def batches(facts: Sequence[Fact], size: int | None) -> list[Sequence[Fact]]:
 
 def make_editor(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """The editor that the options of :func:`add_editor_options` describe."""
-    from ..editors import editor
+    from ..editors import editor, editor_class
+    from ..editors.locate_then_edit import LocateThenEdit
     from ..io import read_json
 
     params = dict(read_json(args.params)) if args.params else {}
@@ -147,9 +160,13 @@ def make_editor(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         if not equals:
             raise ValueError(f"--set wants NAME=VALUE, got {setting!r}")
         params[name.strip().replace("-", "_")] = _value(name.strip(), value)
-    options: dict[str, Any] = {"profile": args.profile, "seed": args.seed, "on_known": args.on_known}
-    if args.stats:
-        options["statistics"] = args.stats
+    options: dict[str, Any] = {"profile": args.profile, "seed": args.seed}
+    if issubclass(editor_class(args.method), LocateThenEdit):
+        options["on_known"] = args.on_known
+        if args.stats:
+            options["statistics"] = args.stats
+    elif args.stats or args.on_known != "warn":
+        raise ValueError(f"{args.method} uses neither --stats nor --on-known")
     return editor(args.method, model, tokenizer, params=params or None, **options)
 
 

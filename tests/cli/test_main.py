@@ -125,6 +125,42 @@ def test_batches_become_edits_of_their_own(
     assert main(["revert", str(model_dir), "--all"]) == 0
 
 
+def test_a_sequence_goes_on_from_its_state(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    common = ["--method", "memit-cache", "--state", str(tmp_path / "state"), "--json", *QUICK]
+    first = [
+        "edit",
+        str(model_dir),
+        "--fact",
+        "The capital of {France} is -> Lyon",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert main([*first, "--save-model", str(tmp_path / "one"), *common]) == 0
+    second = ["--fact", "The capital of {Italy} is -> Oslo", "--out", str(tmp_path / "b")]
+    assert main(["edit", str(tmp_path / "one"), *second, *common]) == 0
+    state = json.loads((tmp_path / "state" / "state.json").read_text())
+    assert state["about"]["batches"] == 2
+    capsys.readouterr()
+    assert main(["edit", str(model_dir), *second[:2], "--out", str(tmp_path / "c"), *common]) == 1
+    assert "bits that it had when the state was saved" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_ultraedit_needs_no_statistics(model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [
+        "edit",
+        str(model_dir),
+        "--fact",
+        "The capital of {France} is -> Lyon",
+        "--method",
+        "ultraedit",
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "ultraedit"
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--stats", "somewhere"]) == 2
+    assert "neither --stats nor --on-known" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
