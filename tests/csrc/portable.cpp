@@ -152,10 +152,9 @@ void masked_sgd() {
   mask.seed = 11, mask.shard = 2, mask.layer = 3, mask.threshold = 1u << 30;
   SgdStep step;
   step.lr = 0.5f;
-  const Gradient grad{&gradient, nullptr};
-  const cpu::MaskedPlan plan = cpu::plan_masked_update(param, grad, nullptr, best_isa(), 2);
+  const cpu::MaskedPlan plan = cpu::plan_masked_update(param, gradient, nullptr, best_isa(), 2);
   const Workspace workspace(plan.workspace_bytes);
-  cpu::masked_sgd(plan, param, grad, mask, step, nullptr, workspace.memory);
+  cpu::masked_sgd(plan, param, gradient, mask, step, nullptr, workspace.memory);
   double error = 0;
   int64_t selected = 0;
   for (int64_t k = 0; k < rows * columns; ++k) {
