@@ -420,8 +420,12 @@ class LocateThenEdit(Editor):
         if layer not in self._factors:
             moment = self._second_moments()[layer]
             place = self.description.projection(layer).weight.device
-            self._factors[layer] = CovarianceFactor(moment.to(place), self.factor_weight(), layer=layer)
+            self._factors[layer] = self.make_factor(moment.to(place), layer)
         return self._factors[layer]
+
+    def make_factor(self, moment: Tensor, layer: int) -> CovarianceFactor:
+        """Factor a layer's statistics; a method may want them kept in another form."""
+        return CovarianceFactor(moment, self.factor_weight(), layer=layer)
 
     def _second_moments(self) -> dict[int, Tensor]:
         from .. import stats

@@ -17,7 +17,7 @@ from ..artefacts.weights import uninterrupted
 from ..facts import Fact, validate_facts
 from ..models.describe import Projection
 from ..models.runner import frozen
-from ..ops import neuron_select_keys
+from ..ops import CovarianceFactor, neuron_select_keys
 from .base import register_editor
 from .locate_then_edit import Factors, LayerMeasurement
 from .memit import MemitParams
@@ -60,7 +60,8 @@ class Nse(MemitCache):
     of earlier batches.
 
     State beside the model: the original bits of the edited projections (shared with the record of edits, if that
-    has them), the keys of all facts, and the targets given to :meth:`optimise_targets`.
+    has them), the keys of all facts, and the targets given to :meth:`optimise_targets`; for each layer a float64
+    factor of λC, d × d, and with p < 1 also λC itself.
     """
 
     Params = NseParams
@@ -108,6 +109,10 @@ class Nse(MemitCache):
         """Factors of the statistics, and the original weights."""
         super().prepare()
         self._keep_originals()
+
+    def make_factor(self, moment: Tensor, layer: int) -> CovarianceFactor:
+        """With the matrix kept beside the factor: the systems of few neurons are cut out of it."""
+        return CovarianceFactor(moment, self.factor_weight(), layer=layer, keep_matrix=self.params.mass < 1)
 
     def _keep_originals(self) -> None:
         """Keep the bits of matrices that have other edits on them; of the others the record of edits does."""

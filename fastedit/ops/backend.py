@@ -373,6 +373,18 @@ def extension() -> ModuleType | str:
         return f"fastedit._C does not load: {error}"
 
 
+def compiled() -> ModuleType:
+    """The compiled module ``fastedit._C``, for implementations that are only chosen where it is there.
+
+    Raises:
+        BackendUnavailable: it is not; says why.
+    """
+    module = extension()
+    if isinstance(module, str):
+        raise BackendUnavailable(module)
+    return module
+
+
 @functools.cache
 def missing(backend: str, device: torch.device, explicit: bool = False) -> str:
     """Why ``backend`` cannot serve on ``device``, whatever the op; empty if it can.

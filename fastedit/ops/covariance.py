@@ -206,7 +206,7 @@ def _covariance_compiled(
     cov: Tensor, x: Tensor, mask: Tensor | None = None, precision: str = "tf32x3"
 ) -> None:
     into, rows, mask = _as_compiled(cov, x, mask)
-    backend.extension().covariance(into, rows, mask)  # type: ignore[union-attr]
+    backend.compiled().covariance(into, rows, mask)
     if into.data_ptr() != cov.data_ptr():
         cov.copy_(into)
 
@@ -223,7 +223,7 @@ def _layers_cpp(
 ) -> None:
     """All layers by one team of threads."""
     layers = [_as_compiled(*layer) for layer in zip(cov, x, mask, strict=True)]
-    backend.extension().covariance_layers(*map(list, zip(*layers, strict=True)))  # type: ignore[union-attr]
+    backend.compiled().covariance_layers(*map(list, zip(*layers, strict=True)))
     for c, (into, _, _) in zip(cov, layers, strict=True):
         if into.data_ptr() != c.data_ptr():
             c.copy_(into)

@@ -393,17 +393,17 @@ class KeyIndex:
                 self._code(chunk, slice(row, row + 1))
             return
         data, step, error, norm, rest = chunk.codes
-        module = backend.extension()
+        module = backend.compiled()
         size = max(1, (1 << 24) // self.dim)
         for start in range(part.start, part.stop, size):
             run = slice(start, min(start + size, part.stop))
             rows = chunk.rows(run)
             given = (data, step[: run.stop], error[: run.stop], norm[: run.stop], None)
             if self._projection is None:
-                module.encode_keys(rows, given, start)  # type: ignore[union-attr]
+                module.encode_keys(rows, given, start)
             else:
                 rows, whole, rest[run] = self._projection.split(rows)
-                module.encode_keys(rows, given, start)  # type: ignore[union-attr]
+                module.encode_keys(rows, given, start)
                 norm[run] = whole
 
     def _empty_codes(self, capacity: int) -> tuple[Tensor, ...]:
@@ -482,7 +482,7 @@ class KeyIndex:
     def _search_compiled(
         self, queries: Tensor, found: tuple[Tensor, Tensor], nearest: bool, highest: bool
     ) -> None:
-        module = backend.extension()
+        module = backend.compiled()
         projected: dict[str, Tensor] = {}
         if self._projection is not None:
             scanned, _, rest = self._projection.split(queries)
@@ -493,7 +493,7 @@ class KeyIndex:
             if chunk.codes:
                 data, step, error, norm, rest = chunk.codes
                 codes = (data, step[:n], error[:n], norm[:n], rest[:n] if projected else None)
-            module.search_keys(  # type: ignore[union-attr]
+            module.search_keys(
                 queries,
                 chunk.keys[:n],
                 *found,

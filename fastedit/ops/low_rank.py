@@ -270,9 +270,9 @@ def _low_rank_update_compiled(
     if into.stride(1) != 1 and into.shape[1] > 1 and into.stride(0) == 1:
         # the other orientation of a stored matrix
         into, lost, transposed = into.T, None if lost is None else lost.T, not transposed
-    module = backend.extension()
+    module = backend.compiled()
     used, used_lost = _unit_stride(into, "weight"), None if lost is None else _unit_stride(lost, "residual")
-    module.low_rank_update(  # type: ignore[union-attr]
+    module.low_rank_update(
         used,
         left,
         right,

@@ -760,7 +760,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _philox_bits_compiled(bits: Tensor, start: int, philox: list[int]) -> None:
-    backend.extension().philox_bits(bits, start, philox)  # type: ignore[union-attr]
+    backend.compiled().philox_bits(bits, start, philox)
 
 
 def _masked_sgd_compiled(
@@ -779,11 +779,9 @@ def _masked_sgd_compiled(
         return
     if right is not None and _is_indices(mask):
         return _masked_sgd_torch(param, grad, right, mask, key, lr, decay, decay_scope)
-    module = backend.extension()
+    module = backend.compiled()
     for into, g, bound, start in _blocks(param, grad, right, clamp_to):
-        module.masked_sgd(  # type: ignore[union-attr]
-            into, g, mask, key, lr, decay, decay_scope, bound, clamp, start=start
-        )
+        module.masked_sgd(into, g, mask, key, lr, decay, decay_scope, bound, clamp, start=start)
     return None
 
 
@@ -814,14 +812,10 @@ def _masked_adam_compiled(
             param, grad, right, exp_avg, exp_avg_sq, offsets, mask, key, step, lr, beta1, beta2, eps, weight_decay,
             decoupled, decay_scope,
         )  # fmt: skip
-    module, n = backend.extension(), param.numel()
-    numbers = module.AdamStep(  # type: ignore[union-attr]
-        lr, beta1, beta2, eps, step, weight_decay, decoupled, decay_scope, clamp
-    )
+    module, n = backend.compiled(), param.numel()
+    numbers = module.AdamStep(lr, beta1, beta2, eps, step, weight_decay, decoupled, decay_scope, clamp)
     for into, g, bound, start in _blocks(param, grad, right, clamp_to):
-        module.masked_adam(  # type: ignore[union-attr]
-            into, g, exp_avg, exp_avg_sq, offsets, mask, key, numbers, bound, start=start, n=n
-        )
+        module.masked_adam(into, g, exp_avg, exp_avg_sq, offsets, mask, key, numbers, bound, start=start, n=n)
     return None
 
 

@@ -6,6 +6,7 @@ Entries are counted row by row of the tensor's own shape, whichever way it lies 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ _PIECE = 1 << 20  # entries that are dense at a time
 _ONE = 1 << 32
 
 
-class Mask:
+class Mask(ABC):
     """A choice of entries of a tensor: :class:`PhiloxMask`, :class:`BitMask` or :class:`IndexMask`."""
 
     def bits(self, n: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -42,9 +43,9 @@ class Mask:
         if own != n:
             raise ValueError(f"{type(self).__name__}: this is a mask of {own} entries, the tensor has {n}")
 
+    @abstractmethod
     def _bits(self, n: int, device: torch.device | str | None) -> Tensor:
         """A new tensor of packed bits, of which those beyond ``n`` may be anything."""
-        raise NotImplementedError
 
     def dense(self, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor: for tests and small tensors, everything else does without."""

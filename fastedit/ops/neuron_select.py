@@ -277,7 +277,7 @@ def _select_into(
 
 def _select_compiled(scores: Tensor, mass: float, rule: str = "at_least") -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(scores.detach(), any_stride=scores.device.type == "cpu")
-    return _select_into(backend.extension().neuron_select, scores, rows, mass, rule)  # type: ignore[union-attr]
+    return _select_into(backend.compiled().neuron_select, scores, rows, mass, rule)
 
 
 def _select_triton(scores: Tensor, mass: float, rule: str = "at_least") -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +288,7 @@ def _select_triton(scores: Tensor, mass: float, rule: str = "at_least") -> tuple
 
 def _scores_compiled(keys: Tensor) -> Tensor:
     out = keys.new_empty(keys.shape[:1], dtype=torch.float64)
-    backend.extension().neuron_scores(keys.detach(), out)  # type: ignore[union-attr]
+    backend.compiled().neuron_scores(keys.detach(), out)
     return out
 
 
@@ -302,7 +302,7 @@ def _scores_triton(keys: Tensor) -> Tensor:
 
 def _gather_compiled(matrix: Tensor, indices: Tensor) -> Tensor:
     out = matrix.new_empty(indices.shape * 2)
-    backend.extension().gather_square(matrix.detach(), indices, out)  # type: ignore[union-attr]
+    backend.compiled().gather_square(matrix.detach(), indices, out)
     return out
 
 

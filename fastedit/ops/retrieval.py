@@ -401,8 +401,8 @@ def _nearest_compiled(
     queries = queries.detach().float().contiguous()
     keys = _keys_by_rows("nearest_key", keys)
     index, distance = _nearest_fake(queries)
-    module = backend.extension()
-    module.nearest_key(queries, keys, index, distance, radius=radius, alive=alive, scale=scale)  # type: ignore[union-attr]
+    module = backend.compiled()
+    module.nearest_key(queries, keys, index, distance, radius=radius, alive=alive, scale=scale)
     return index, distance
 
 
@@ -418,8 +418,8 @@ def _product_compiled(
     queries = queries.detach().float().contiguous()
     keys = _keys_by_rows("max_inner_product", keys)
     indices, scores = _product_fake(queries, keys, threshold, k)
-    module = backend.extension()
-    module.max_inner_product(  # type: ignore[union-attr]
+    module = backend.compiled()
+    module.max_inner_product(
         queries,
         keys,
         indices,

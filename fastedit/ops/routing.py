@@ -290,8 +290,8 @@ def _compiled(
     scores = x.new_zeros((*x.shape[:-1], n_memories), dtype=torch.float32)
     if scores.numel() and weights[0].numel():
         listed, transposed = _by_rows(weights, transposed)
-        module = backend.extension()
-        module.routing_score(  # type: ignore[union-attr]
+        module = backend.compiled()
+        module.routing_score(
             _rows(x),
             listed[0],
             listed[1:],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from . import check
+from .neuron_select import gather_square
 
 logger = logging.getLogger(__name__)
 
@@ -487,7 +488,7 @@ class CovarianceFactor:
 
     def _solve_gathered(self, inner: Tensor, selected: Tensor) -> Tensor:
         if self._matrix is not None:
-            system = self._matrix[selected][:, selected]
+            system = gather_square(self._matrix, selected)
         else:
             assert self._cholesky is not None
             rows = self._cholesky[selected]

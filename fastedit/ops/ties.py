@@ -347,8 +347,8 @@ def _ties_compiled(
         return out
     flat, rows = _flat(base, tensors)
     status = torch.empty(1, dtype=torch.int32, device=base.device)
-    module = backend.extension()
-    module.ties_merge(  # type: ignore[union-attr]
+    module = backend.compiled()
+    module.ties_merge(
         out.view(-1), flat, rows, plan.weights, plan.keep, status, elect=plan.elect, normalise=plan.normalise,
         majority=plan.majority, all_at_threshold=plan.all_at_threshold, scale=scale, divisor=plan.divisor,
     )  # fmt: skip
