@@ -11,6 +11,7 @@ from helpers import relative_error
 
 import fastedit
 from fastedit.editors import methods
+from fastedit.editors.alphaedit import null_space
 from fastedit.editors.locate_then_edit import LayerMeasurement, LocateThenEdit
 from fastedit.editors.restraint import rect
 
@@ -59,7 +60,7 @@ def run(case: GoldenCase) -> dict[str, Any]:
     return {"editor": editor, "edits": edits, "changes": changes}
 
 
-def make_editor(case: GoldenCase) -> LocateThenEdit:
+def make_editor(case: GoldenCase, **options: Any) -> LocateThenEdit:
     model, tokenizer = case.load_model()
     cls = fastedit.editors.editor_class(case.method)
     known = set(cls.Params.__dataclass_fields__)
@@ -69,7 +70,6 @@ def make_editor(case: GoldenCase) -> LocateThenEdit:
         if name in PARAMS and PARAMS[name] in known
     }
     params.update(PARAMS_OF_CASE.get(case.name, {}))
-    options = {"null_spaces": case.null_spaces()} if case.method == "alphaedit" else {}
     editor = fastedit.editor(
         case.method,
         model,
@@ -108,7 +108,9 @@ def test_solver_reproduces_the_update_from_stored_keys_and_values(case: GoldenCa
         pytest.skip("this case stores no keys: its vectors are compared in the whole run")
     if "zs_b0" not in case:
         pytest.skip("neuron-level case: its systems are compared one by one")
-    editor = make_editor(case)
+    # The authors' float32 projector, so that the solve alone is compared; the whole run makes its own.
+    options = {"null_spaces": case.null_spaces()} if case.method == "alphaedit" else {}
+    editor = make_editor(case, **options)
     editor.prepare()
     layers = case.data["layers"]
     for index, layer in enumerate(layers):
@@ -122,6 +124,17 @@ def test_solver_reproduces_the_update_from_stored_keys_and_values(case: GoldenCa
         tolerance = 2e-5 if case.method == "alphaedit" else 5e-6  # AlphaEdit's authors solve in float32
         assert relative_error(update, case.tensor(f"delta_b0_L{layer}")) < tolerance
         assert relative_error(update @ keys.double(), case.tensor(f"deltak_b0_L{layer}")) < tolerance
+
+
+def test_null_spaces_are_those_of_the_published_code(case: GoldenCase) -> None:
+    """From the same statistics: as many directions, and the same projector up to its float32 rounding."""
+    if case.method != "alphaedit":
+        pytest.skip("not a null-space case")
+    for layer, stored in case.null_spaces().items():
+        projector = null_space(case.covariance()[layer], case.hparams["nullspace_threshold"], layer)
+        assert projector.dimension == round(float(stored.trace()))
+        ours = projector(torch.eye(len(stored)))
+        assert relative_error(ours, stored) < 1e-4
 
 
 def test_neuron_level_systems_reproduce_the_stored_solutions(case: GoldenCase) -> None:
