@@ -71,6 +71,7 @@ class Nse(MemitCache):
         super().__init__(*args, **options)
         self._kept: dict[int, Tensor] | None = None
         self._targets: dict[tuple[str, str], Values] = {}
+        self.routes: dict[int, str] = {}
 
     # -- targets on the original weights ------------------------------------------------------------
 
@@ -238,7 +239,9 @@ class Nse(MemitCache):
             return super().solve(measured)
         neurons = self.neurons(measured.keys)
         right = torch.zeros_like(measured.keys, dtype=torch.float64)
-        right[neurons] = self.current(measured.layer).restricted(measured.keys, neurons)
+        factor = self.current(measured.layer)
+        right[neurons] = factor.restricted(measured.keys, neurons)
+        self.routes[measured.layer] = factor.route(len(neurons), measured.keys.shape[1])
         return measured.residual, right
 
     def neurons(self, keys: Tensor) -> Tensor:
