@@ -468,7 +468,6 @@ class CovarianceFactor:
         if int(inside.sum()) != len(selected):
             raise ValueError("CovarianceFactor.restricted: selected must hold each index once")
         s, n = len(selected), keys.shape[1]
-        u = self.d - s
         inner = keys[selected].double()
         route = self.route(s, n)
         solved = self._solve_by_iteration(inner, selected) if route == "iterated" else None
