@@ -102,6 +102,20 @@ class PromptSweep:
         ]
         return torch.cat(states).float().to(self.runner.device)
 
+    @torch.no_grad()
+    def projected(self, layer: int) -> Tensor:
+        """(rows, d_out) fp32: what block ``layer``'s output projection puts out at the subject's last token.
+
+        The blocks from the current one up to it are run with the weights they have now.
+        """
+        projection = self.runner.description.projection(layer).module
+        outputs = []
+        for chunk in self._chunks:
+            states = self.runner.run(chunk.calls, chunk.states, self.layer, layer)
+            keys = chunk.at_last(self.runner.projection_input(chunk.calls, states, layer))
+            outputs.append(projection(keys))
+        return torch.cat(outputs).float().to(self.runner.device)
+
 
 def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """(facts · contexts, d) -> (facts, d): the contexts' mean with the given weights, in fp32."""

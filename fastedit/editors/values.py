@@ -133,7 +133,7 @@ def optimise_values(
         torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64),
     )
     with progress(total=n, desc="optimising targets", unit="fact", show=show_progress) as bar:
-        for chosen in _micro_batches(runner, rows, objective, micro_batch):
+        for chosen in micro_batches(runner, rows, objective, micro_batch):
             _optimise_together(runner, facts, rows, chosen, objective, values)
             bar.update(len(chosen))
     return values
@@ -214,7 +214,7 @@ def _optimise_together(
             if last or (step % 4 == 0 and bool(done.all())):
                 break
             (gradient,) = torch.autograd.grad(loss.sum(), delta)
-        moved = _adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
+        moved = adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
         norm = moved.norm(dim=1)
         limit = objective.clamp * scale[live]
         moved = torch.where((norm > limit)[:, None], moved * (limit / norm)[:, None], moved)
@@ -236,7 +236,7 @@ def _optimise_together(
     values.losses[chosen] = losses
 
 
-def _adam_step(
+def adam_step(
     value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], live: Tensor, step: int, lr: float
 ) -> Tensor:
     """One step of Adam on rows ``live`` (Kingma and Ba 2015), moments updated in place."""
@@ -261,10 +261,10 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
     # Indexing copies, which matters: some models add to these tensors in place further on.
     def keep_block(_module: object, _args: object, out: Tensor | tuple[Tensor, ...]) -> None:
         hidden = out[0] if isinstance(out, tuple) else out
-        seen["block"] = _at(hidden, columns)
+        seen["block"] = at_columns(hidden, columns)
 
     def keep_mlp(_module: object, _args: object, out: Tensor) -> None:
-        seen["mlp"] = _at(out.reshape(*ids.shape, -1), starts[:, None])[:, 0]
+        seen["mlp"] = at_columns(out.reshape(*ids.shape, -1), starts[:, None])[:, 0]
 
     description = runner.description
     hooks = [(description.blocks[layer], keep_block), (description.projection(layer).module, keep_mlp)]
@@ -273,7 +273,7 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
     return _Recorded(torch.gather(ids, 1, columns), lengths, starts, seen["block"], seen["mlp"], prefix)
 
 
-def _at(hidden: Tensor, columns: Tensor) -> Tensor:
+def at_columns(hidden: Tensor, columns: Tensor) -> Tensor:
     """Hidden (rows, length, d) at columns (rows, m): a copy (rows, m, d)."""
     columns = columns.to(hidden.device)
     return hidden[torch.arange(len(columns), device=hidden.device)[:, None], columns]
@@ -424,7 +424,7 @@ def _mlp_contribution(runner: BlockRunner, mlp: Tensor, objective: ValueObjectiv
     return (mlp if norm is None else norm(mlp)).float() * runner.description.residual_scale
 
 
-def _micro_batches(
+def micro_batches(
     runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective, size: int | None
 ) -> list[list[int]]:
     """Positions of facts to optimise together, those with suffixes of like length in one batch.
