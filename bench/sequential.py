@@ -293,7 +293,7 @@ class Study:
             random.Random(order).shuffle(places)
         size, marks = self.options.batch_size, sorted(set(self.options.checkpoints))
         points = []
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for start in range(0, len(places), size):
             done = min(start + size, len(places))
             for facts in steps([self.records[i] for i in places[start:done]]):
@@ -308,7 +308,7 @@ class Study:
         result = {
             "label": variant.label,
             "method": variant.method,
-            "variant": variant.name.partition("@")[2] or None,
+            "mass": variant.name.partition("@")[2] or None,
             "norm_control": variant.norm_control,
             "order": order,
             "given": self.params(variant),
@@ -320,6 +320,7 @@ class Study:
             "seconds": {
                 "editing": round(sequence.seconds, 2),
                 "all": round(time.perf_counter() - began, 2),
+                "cpu": round(time.process_time() - cpu, 2),
             },
             "points": points,
         }
@@ -449,7 +450,9 @@ def do(options: Options, runs: Sequence[tuple[Variant, int]], jobs: int) -> None
         for run in runs:
             say(work(options, *run))
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
         for future in as_completed([pool.submit(work, options, *run) for run in runs]):
             say(future.result())
 
@@ -507,7 +510,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each in a process of its own")
     add("--out", metavar="DIR", help="results, by default bench/results/sequential_MODEL")
     add("--table-only", action="store_true", help="make table and plots from the results that are there")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if min(args.orders, args.batch_size, args.limit, args.jobs) < 1:
+        parser.error("--orders, --batch-size, --limit and --jobs must be at least 1")
+    return args
 
 
 if __name__ == "__main__":

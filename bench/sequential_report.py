@@ -60,9 +60,7 @@ def table_csv(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         last = run["points"][-1]
-        row = {
-            name: run[name] for name in ("label", "method", "variant", "norm_control", "order", "set_aside")
-        }
+        row = {name: run[name] for name in ("label", "method", "mass", "norm_control", "order", "set_aside")}
         row |= {"collapsed_after": (run["collapsed"] or {}).get("edits")}
         row |= {
             f"{subset}.{name}": last[subset].get(name) for subset in ("all", "optimisable") for name in SCORES
@@ -209,7 +207,7 @@ def draw(runs: Sequence[Run], shared: dict[str, Any], stem: str) -> None:
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("efficacy, % exact", fontsize=8)
-        axes[1].legend(fontsize=7)
+        axes[0].legend(fontsize=7)
         figure.tight_layout()
         figure.savefig(f"{stem}_{kind}.png", dpi=150)
         plt.close(figure)
@@ -223,6 +221,8 @@ def _retention(axis: Any, label: str, group: list[Run], subset: str, colour: str
         for k in range(len(edits))
     ]
     shown = [(n, values) for n, values in zip(edits, series, strict=True) if values]
+    if not shown:
+        return
     x = [n for n, _ in shown]
     style = "--" if label.endswith("+norm") else "-"
     axis.plot(x, [statistics.fmean(v) for _, v in shown], style, color=colour, marker="o", ms=3, label=label)
