@@ -125,7 +125,7 @@ class Study:
         self.model, self.tokenizer = load_model(options.model)
         loaded = load_records(options.records)
         self.records: list[Record] = list(loaded[: options.limit])
-        self.about = {
+        self.about: dict[str, Any] = {
             "model": self.name,
             "data": Path(options.records).name,
             "data_sha256": loaded.sha256,
@@ -136,6 +136,7 @@ class Study:
             "fastedit": fastedit.__version__,
             "torch": str(torch.__version__),
         }
+        self.about["memit"] = self.params(Variant("memit"))  # which records are optimisable depends on it
         self._statistics: dict[int, Any] = {}
         self._before: Before | None = None
 
@@ -154,7 +155,7 @@ class Study:
         if not variant.optimises_targets:
             return fastedit.editor(variant.method, model, self.tokenizer, params=params, progress=False)
         if variant.norm_control:
-            params["norm_anchor"] = self.shared()["norm_anchors"][variant.name]
+            params["norm_anchor"] = self.shared()["norm_anchors"][variant.name]["norm"]
         kind = editor_class(variant.method)
         resolved = resolve_params(
             kind.params_file or kind.method, kind.Params, describe(model), params or None
@@ -186,7 +187,9 @@ class Study:
     def prepare(self, variants: Sequence[Variant]) -> None:
         """Write ``shared.json``: scores of the unedited model, optimisable records, norm anchors."""
         path = self.folder / "shared.json"
-        known = read_json(path) if path.exists() else {"about": self.about, "norm_anchors": {}}
+        known: dict[str, Any] = (
+            read_json(path) if path.exists() else {"about": self.about, "norm_anchors": {}}
+        )
         if known["about"] != self.about:
             raise SystemExit(
                 f"{path} is of other records or settings ({known['about']}, not {self.about}): choose another "
@@ -199,12 +202,14 @@ class Study:
                 self.evaluator(self.model), "before", 0, everything, known["optimisable"]
             )
             atomic_write_json(path, known)
-        wanted = {variant.name for variant in variants if variant.norm_control}
-        for name in sorted(wanted - known["norm_anchors"].keys()):
-            editor = self.editor(Variant(name), self.model)
+        facts = [record.fact for record in self.records]
+        for variant in variants:
+            given = self.params(variant)
+            if not variant.norm_control or known["norm_anchors"].get(variant.name, {}).get("given") == given:
+                continue
+            editor = self.editor(Variant(variant.name), self.model)
             assert isinstance(editor, LocateThenEdit)
-            facts = [record.fact for record in self.records]
-            known["norm_anchors"][name] = editor.measure_norm_anchor(facts)
+            known["norm_anchors"][variant.name] = {"given": given, "norm": editor.measure_norm_anchor(facts)}
             atomic_write_json(path, known)
 
     def optimisable(self) -> list[int]:

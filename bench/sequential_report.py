@@ -196,7 +196,7 @@ def draw(runs: Sequence[Run], shared: dict[str, Any], stem: str) -> None:
     names = list(dict.fromkeys(label.removesuffix("+norm") for label in groups))
     colours = {name: f"C{i}" for i, name in enumerate(names)}
     for kind, panel in (("retention", _retention), ("scatter", _scatter)):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
         for axis, subset, title in zip(
             axes, ("all", "optimisable"), ("all records", "optimisable records"), strict=True
         ):
@@ -207,8 +207,7 @@ def draw(runs: Sequence[Run], shared: dict[str, Any], stem: str) -> None:
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("efficacy, % exact", fontsize=8)
-        axes[0].legend(fontsize=7)
-        figure.tight_layout()
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
         figure.savefig(f"{stem}_{kind}.png", dpi=150)
         plt.close(figure)
 

@@ -79,7 +79,7 @@ def test_every_run_has_its_scores(folder: Path) -> None:
         assert last["change_norm"] > first["change_norm"] > 0
         assert last["ppl"] > 1
         assert last["kl"] > 0
-    assert runs["memit+norm_order0"]["params"]["norm_anchor"] == shared["norm_anchors"]["memit"]
+    assert runs["memit+norm_order0"]["params"]["norm_anchor"] == shared["norm_anchors"]["memit"]["norm"]
     assert runs["memit_order0"]["params"]["steps"] == SETTINGS["memit"]["steps"]
 
 
@@ -116,7 +116,8 @@ def test_only_missing_runs_are_made(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_results_of_other_settings_are_not_mixed(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model_ft-m.json").write_text(json.dumps({"layers": [3]}))
+    for method, params in {**SETTINGS, "ft-m": {"layers": [3]}}.items():
+        (tmp_path / f"model_{method}.json").write_text(json.dumps(params))
     with pytest.raises(SystemExit, match="was made with other settings"):
         sequential.main(command(folder, "--settings", str(tmp_path)))
     with pytest.raises(SystemExit, match="of other records or settings"):
