@@ -31,6 +31,9 @@ _METHODS = {
     "alphaedit": "alphaedit",
     "nse": "nse",
     "ultraedit": "ultraedit",
+    "ft": "fine_tune",
+    "ft-l": "fine_tune",
+    "ft-m": "fine_tune",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

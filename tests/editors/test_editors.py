@@ -15,12 +15,16 @@ from tiny import CONTEXTS, FACTS, QUICK, bits, make, moments, same_bits, target_
 import fastedit
 from fastedit import Fact, InvalidFact, NumericalError, UnsupportedModel
 from fastedit.editors import methods
+from fastedit.editors.base import editor_class
+from fastedit.editors.locate_then_edit import LocateThenEdit
 from fastedit.editors.prompts import fact_rows
 from fastedit.models.runner import frozen
 
+LOCATING = [method for method in methods() if issubclass(editor_class(method), LocateThenEdit)]
+
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", [method for method in methods() if method != "ultraedit"])
+@pytest.mark.parametrize("method", LOCATING)
 def test_edit_makes_targets_likelier_and_reverts_to_the_bits(method: str, family: str) -> None:
     model = tiny_model(family)
     before = bits(model)
