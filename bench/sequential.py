@@ -15,6 +15,8 @@ Every score is given for all records, and for the optimisable ones: those whose 
 negative log-likelihood of 0.5 on the unedited model. A variant "+norm" has the norm anchor measured on the unedited
 model, from the same records.
 
+Memory editors (grace, defer, wise@merge, wise@retrieve) leave the weights alone: their norms do not change.
+
 Settings are read from SETTINGS_DIR/MODEL_METHOD.json, else they are the method's own for the model's shape.
 """
 
@@ -27,7 +29,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -59,6 +61,12 @@ AT_THE_END = ("easyedit.tf", "cf.prob", "wild", "drift.ppl", "drift.kl")
 ON_THE_WAY = ("easyedit.tf", "drift.ppl", "drift.kl")
 METHODS = ("ft-m", "rome", "memit", "alphaedit", "nse@0.8", "nse@1.0", "ultraedit")
 OPTIMISABLE_NLL = 0.5
+SUFFIXES: dict[
+    str, tuple[str, Callable[[str], Any]]
+] = {  # METHOD@SUFFIX: the parameter that the suffix gives
+    "nse": ("mass", float),
+    "wise": ("retrieve", {"merge": False, "retrieve": True}.__getitem__),
+}
 BROKEN = (NumericalError, torch.linalg.LinAlgError)
 
 # name of a measure -> its protocol and metric
@@ -146,8 +154,11 @@ class Study:
         """The settings from the file, if there is one, and those that the variant's name gives."""
         path = Path(self.options.settings) / f"{self.name}_{variant.method}.json"
         params = dict(read_json(path)) if path.exists() else {}
-        _, at, mass = variant.name.partition("@")
-        return {**params, "mass": float(mass)} if at else params
+        _, at, suffix = variant.name.partition("@")
+        if at:
+            name, value_of = SUFFIXES[variant.method]
+            params[name] = value_of(suffix)
+        return params
 
     def editor(self, variant: Variant, model: Any) -> Editor:
         """The variant's editor for ``model``, a copy of the study's."""
@@ -296,14 +307,13 @@ class Study:
         places = list(range(len(self.records)))
         if order:
             random.Random(order).shuffle(places)
-        size, marks = self.options.batch_size, sorted(set(self.options.checkpoints))
+        marks = set(self.options.checkpoints)
         points = []
         began, cpu = time.perf_counter(), time.process_time()
-        for start in range(0, len(places), size):
-            done = min(start + size, len(places))
+        for start, done in batches(len(places), self.options.batch_size, marks):
             for facts in steps([self.records[i] for i in places[start:done]]):
                 sequence.edit(facts)
-            if done < len(places) and any(start < mark <= done for mark in marks):
+            if done in marks and done < len(places):
                 evaluator.after("checkpoint", done, indices=places[:done], protocols=ON_THE_WAY)
                 point = self.point(evaluator, "checkpoint", done, places[:done], shared["optimisable"])
                 points.append({**point, **sequence.norms()})
@@ -313,7 +323,6 @@ class Study:
         result = {
             "label": variant.label,
             "method": variant.method,
-            "mass": variant.name.partition("@")[2] or None,
             "norm_control": variant.norm_control,
             "order": order,
             "given": self.params(variant),
@@ -367,6 +376,8 @@ class EditSequence:
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """‖W‖ / ‖W₀‖ and ‖W − W₀‖ / ‖W₀‖ (Frobenius) of all edited matrices together."""
+        if not self._weights:
+            return {"weight_norm": 1.0, "change_norm": 0.0}
         squares = torch.zeros(3, dtype=torch.float64)
         for weight, original in self._weights.values():
             now, before = weight.double(), original.double()
@@ -375,6 +386,15 @@ class EditSequence:
             "weight_norm": math.sqrt(squares[1] / squares[0]),
             "change_norm": math.sqrt(squares[2] / squares[0]),
         }
+
+
+def batches(n: int, size: int, marks: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Start and end of each batch; none reaches across a checkpoint."""
+    start = 0
+    while start < n:
+        done = min([start + size, n, *(mark for mark in marks if mark > start)])
+        yield start, done
+        start = done
 
 
 def _means(evaluator: Evaluator, when: str, n_edits: int, scored: Sequence[int]) -> dict[str, float]:
@@ -416,9 +436,14 @@ def variants_of(names: Sequence[str], norm_control: bool) -> list[Variant]:
     chosen = []
     for name in dict.fromkeys(names):
         variant = Variant(name)
-        method, at, mass = name.partition("@")
-        if at and (method != "nse" or not 0 < float(mass) <= 1):
-            raise SystemExit(f"--methods: only nse takes @MASS, a share of at most 1, got {name!r}")
+        method, at, suffix = name.partition("@")
+        try:
+            if at:
+                SUFFIXES[method][1](suffix)
+        except (KeyError, ValueError):
+            raise SystemExit(
+                f"--methods: {name!r} is none of the variants nse@MASS, wise@merge, wise@retrieve"
+            ) from None
         chosen.append(variant)
         if norm_control and variant.optimises_targets:
             chosen.append(Variant(name, norm_control=True))
@@ -486,7 +511,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=METHODS,
         metavar="NAME",
-        help="methods of fastedit; nse@0.8 is NSE with mass 0.8",
+        help="methods of fastedit; nse@0.8 is NSE with mass 0.8, wise@merge and wise@retrieve are WISE's two modes",
     )
     add(
         "--norm-control",

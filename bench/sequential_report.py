@@ -28,6 +28,7 @@ SCORES = {
     "generated_paraphrase": "generated, paraphrase",
     "generated_locality": "generated, locality",
 }
+WAY_SCORES = ("efficacy", "paraphrase", "locality")
 HEALTH = {"ppl": "perplexity", "kl": "KL", "weight_norm": "‖W‖ / ‖W₀‖", "change_norm": "‖W − W₀‖ / ‖W₀‖"}
 UNEDITED_TEXT = "the records' true sentences about neighbours, which are never edited"
 LEGEND = """\
@@ -60,7 +61,7 @@ def table_csv(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         last = run["points"][-1]
-        row = {name: run[name] for name in ("label", "method", "mass", "norm_control", "order", "set_aside")}
+        row = {name: run[name] for name in ("label", "method", "norm_control", "order", "set_aside")}
         row |= {"collapsed_after": (run["collapsed"] or {}).get("edits")}
         row |= {
             f"{subset}.{name}": last[subset].get(name) for subset in ("all", "optimisable") for name in SCORES
@@ -98,6 +99,7 @@ def table(runs: Sequence[Run], shared: dict[str, Any]) -> str:
                 [label, str(len(group)), *(percent([each.get(name) for each in last]) for name in SCORES)]
             )
         lines += [f"## {title}", "", *aligned(["method", "orders", *SCORES.values()], rows), ""]
+    lines += on_the_way(groups)
     rows = [["unedited", number([unedited["ppl"]]), number([unedited["kl"]]), "1", "0", "", "", ""]]
     for label, group in groups.items():
         last = [run["points"][-1] for run in group]
@@ -119,6 +121,25 @@ def table(runs: Sequence[Run], shared: dict[str, Any]) -> str:
     lines += ["## Health and time", "", *aligned(header, rows), ""]
     lines += notes(groups)
     return "\n".join(lines)
+
+
+def on_the_way(groups: dict[str, list[Run]]) -> list[str]:
+    """Efficacy, paraphrase and locality of all facts edited so far, at each checkpoint."""
+    marks = sorted({point["edits"] for group in groups.values() for run in group for point in run["points"]})
+    rows = []
+    for label, group in groups.items():
+        points = [{point["edits"]: point["all"] for point in run["points"]} for run in group]
+        cells = []
+        for mark in marks:
+            here = [each[mark] for each in points if mark in each]
+            means = [
+                f"{100 * statistics.fmean(each[name] for each in here):.0f}" for name in WAY_SCORES if here
+            ]
+            cells.append(" / ".join(means))
+        rows.append([label, *cells])
+    header = ["method", *(f"after {mark}" for mark in marks)]
+    title = "## On the way: efficacy / paraphrase / locality of the facts edited so far, exact, percent"
+    return [title, "", *aligned(header, rows), ""]
 
 
 def notes(groups: dict[str, list[Run]]) -> list[str]:
