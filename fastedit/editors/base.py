@@ -31,6 +31,7 @@ _METHODS = {
     "nse": "nse",
     "ultraedit": "ultraedit",
     "grace": "grace",
+    "defer": "defer",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -4,8 +4,8 @@ The query of a prompt is the projection's input at the prompt's last token. If t
 value takes the place of the projection's output. Only values are trained; keys come from the model as it is, so the
 facts of a batch are trained all at once and come out as if they had been edited one after the other.
 
-The published GPT2-XL settings stand at the MLP's input projection (``c_fc``) and are not among the packaged ones: here
-the memory is always beside the output projection.
+The published GPT2-XL settings stand at the MLP's input projection (``c_fc``) and are not among the packaged ones:
+here the memory is always beside the output projection.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Grace(MemoryEditor):
     """Adds facts to a codebook beside one projection; see the module."""
 
     Params = GraceParams
-    Memory = GraceMemory
+    memory_class = GraceMemory
 
     def learn(self, facts: list[Fact], rows: list[TargetRow], memory: Memory) -> Learned:
         """Place the facts in turn, then train all their values together."""

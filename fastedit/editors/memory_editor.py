@@ -214,10 +214,10 @@ class Learned:
 class MemoryEditor(Editor):
     """Base of editors that leave the weights alone and put a memory beside one projection.
 
-    A method gives its :attr:`Memory` class, its hyper-parameters (with ``layers``, one of them) and :meth:`learn`.
+    A method gives its :attr:`memory_class`, its hyper-parameters (with ``layers``, one of them) and :meth:`learn`.
     """
 
-    Memory: ClassVar[type[Memory]]
+    memory_class: ClassVar[type[Memory]]
 
     def __init__(self, model: nn.Module, tokenizer: Any, **options: Any) -> None:
         super().__init__(model, tokenizer, **options)
@@ -280,7 +280,7 @@ class MemoryEditor(Editor):
 
     def new_memory(self) -> Memory:
         """An empty memory for this editor's projection and settings."""
-        return self.Memory(
+        return self.memory_class(
             self.projection.d_in, self.projection.d_out, vars(self.params), self.profile, self.seed
         )
 
@@ -305,7 +305,7 @@ def memory_for(edit: MemoryEdit, projection: Projection) -> Memory:
     kind = editor_class(edit.method)
     if not issubclass(kind, MemoryEditor):
         raise ValueError(f"{edit.method} is no memory editor")
-    return kind.Memory(projection.d_in, projection.d_out, edit.params, edit.profile, edit.seed)
+    return kind.memory_class(projection.d_in, projection.d_out, edit.params, edit.profile, edit.seed)
 
 
 def require_finite(losses: Tensor, facts: Sequence[Fact]) -> None:

@@ -305,14 +305,14 @@ class MemoryEdit:
         ours = {name: self.params[name] for name in side.memory.settings}
         if (theirs, side.memory.profile) != (ours, self.profile):
             raise BaseMismatch(
-                f"the {self.method} memory at {side.name} has the settings {theirs} ({side.memory.profile}), the edit "
-                f"has {ours} ({self.profile}): make both alike, or revert what is there"
+                f"the {self.method} memory at {side.name} has the settings {theirs} ({side.memory.profile}), the "
+                f"edit has {ours} ({self.profile}): make both alike, or revert what is there"
             )
         lost = [name for name in ids if name not in self.beneath]
         if side.memory.whole_state and lost and not force:
             raise FasteditError(
-                f"{self!r} holds the whole {self.method} memory and would replace {', '.join(lost)}, which it was not "
-                "trained on top of: revert those first"
+                f"{self!r} holds the whole {self.method} memory and would replace {', '.join(lost)}, which it was "
+                "not trained on top of: revert those first"
             )
 
     # -- on disk ------------------------------------------------------------------------------------
@@ -344,8 +344,8 @@ def cannot_merge(edits: Iterable[MemoryEdit]) -> FasteditError:
     """The error that says that memory edits cannot be exported as weights."""
     named = ", ".join(repr(edit) for edit in edits)
     return FasteditError(
-        f"{named}: a memory decides for each prompt whether it answers, so it cannot be merged into weights or a LoRA "
-        "adapter. Save the model with fastedit.save_model(model, directory) and load it with fastedit.load_model"
+        f"{named}: a memory decides for each prompt whether it answers, so it cannot be merged into weights or a "
+        "LoRA adapter. Save the model with fastedit.save_model(model, directory) and load it with fastedit.load_model"
     )
 
 

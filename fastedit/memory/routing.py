@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..errors import FasteditError, UnsupportedModel
 from ..models.describe import describe
-from .base import Memory, RouteTokens, Routes
+from .base import Memory, Routes, RouteTokens
 
 if TYPE_CHECKING:
     from .side_module import SideModule
