@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Codebook:
         self._keys, self._values, self._radii = torch.empty(0, d_in), torch.empty(0, d_out), torch.empty(0)
         self.labels: list[Label] = []
         self.prompt_lengths: list[int] = []
-        self._log: list[tuple[str, int, object]] = []
+        self._log: list[tuple[str, int, Any]] = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -183,18 +183,18 @@ class Codebook:
             else:
                 self._write(what, row, before)
 
-    def _set(self, what: str, row: int, value: object) -> None:
-        before: object = self.labels[row]
+    def _set(self, what: str, row: int, value: Any) -> None:
+        before: Any = self.labels[row]
         if what != "label":
             before = self._array(what)[row].clone()
         self._log.append((what, row, before))
         self._write(what, row, value)
 
-    def _write(self, what: str, row: int, value: object) -> None:
+    def _write(self, what: str, row: int, value: Any) -> None:
         if what == "label":
-            self.labels[row] = value  # type: ignore[assignment]
+            self.labels[row] = value
         else:
-            self._array(what)[row] = value  # type: ignore[assignment]
+            self._array(what)[row] = value
 
     def _array(self, what: str) -> Tensor:
         return {"key": self._keys, "value": self._values, "radius": self._radii}[what]

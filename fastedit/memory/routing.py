@@ -20,7 +20,6 @@ token to the last.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -200,7 +199,10 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
         model: the model.
         lengths: (B,); a call may have a multiple of B rows, each sample's side by side (beams).
     """
-    router = router_of(model)
+    try:
+        router = router_of(model)
+    except UnsupportedModel:
+        router = None
     if router is None:
         yield
         return
@@ -240,9 +242,14 @@ class _Routed:
             routes[key] = getattr(kept, change)(argument)
 
 
-@functools.cache
-def _routed(kind: type) -> type:
-    return type(kind.__name__, (_Routed, kind), {"__module__": kind.__module__})
+_routed: dict[type, type] = {}  # class of caches -> the same with _Routed mixed in
+
+
+def _follow_rows(cache: Any) -> None:
+    kind = type(cache)
+    if kind not in _routed:
+        _routed[kind] = type(kind.__name__, (_Routed, kind), {"__module__": kind.__module__})
+    cache.__class__ = _routed[kind]
 
 
 def routes_on(cache: Any) -> dict[Key, Routes]:
@@ -251,7 +258,7 @@ def routes_on(cache: Any) -> dict[Key, Routes]:
     if routes is None:
         routes = {}
         setattr(cache, _ROUTES, routes)
-        cache.__class__ = _routed(type(cache))
+        _follow_rows(cache)
     return routes
 
 
