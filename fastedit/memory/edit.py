@@ -354,7 +354,7 @@ def require_compatible(edit: MemoryEdit, there: Sequence[MemoryEdit], force: boo
 
 def cannot_merge(edits: Iterable[MemoryEdit]) -> FasteditError:
     """The error that says that memory edits cannot be exported as weights."""
-    named = ", ".join(repr(edit) for edit in edits)
+    named = ", ".join({edit.id: repr(edit) for edit in edits}.values())
     return FasteditError(
         f"{named}: a memory decides for each prompt whether it answers, so it cannot be merged into weights or a "
         "LoRA adapter. Save the model with fastedit.save_model(model, directory) and load it with fastedit.load_model"

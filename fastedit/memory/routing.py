@@ -126,6 +126,7 @@ class Router:
         cache = given.get("past_key_values")
         known: dict[Key, Routes] = {}
         decided: dict[Key, Routes] = {}
+        mask = given.get("attention_mask")
         past = 0
         if isinstance(cache, (tuple, list)):
             if cache:
@@ -133,13 +134,15 @@ class Router:
         elif cache is not None:
             decided = routes_on(cache)
             known = dict(decided)
-            if any(side.key not in known for side in self.sides):
-                past = int(cache.get_seq_length())
+            if not known and mask is not None and not _is_plain(mask):
+                past = int(cache.get_seq_length())  # where this call's columns are in the mask
         if not known:
             self.last = {}
         size = (tokens.shape[0], tokens.shape[1])
-        mask = given.get("attention_mask")
-        self._calls[threading.get_ident()] = Call(size, mask, past, self.lengths, known, decided)
+        call = Call(size, mask, past, self.lengths, known, decided)
+        self._calls[threading.get_ident()] = call
+        for side in self.sides:
+            call.routes(side.key, side.memory)  # raises before any block runs
 
     @torch.compiler.disable
     def end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -269,6 +272,10 @@ def forget_routes(cache: Any) -> None:
 
 
 # ------------------------------------------------------------------ masks
+
+
+def _is_plain(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def real_tokens(mask: Any, size: tuple[int, int], past: int, device: torch.device) -> Tensor:
