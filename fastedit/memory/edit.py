@@ -368,6 +368,8 @@ def cannot_merge(edits: Iterable[MemoryEdit]) -> FasteditError:
 def load_memory_edit(directory: str | Path) -> MemoryEdit:
     """Read a memory edit; see :func:`fastedit.load_edit`."""
     directory = Path(directory)
+    if not (directory / _JSON).is_file():
+        raise CorruptFile(f"there is no edit in {directory}: it has no {_JSON}")
     content = read_json(directory / _JSON)
     unseal(content, directory, MEMORY_FORMAT, VERSION, _TENSORS)
     try:
