@@ -34,6 +34,8 @@ _METHODS = {
     "ft": "fine_tune",
     "ft-l": "fine_tune",
     "ft-m": "fine_tune",
+    "grace": "grace",
+    "defer": "defer",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 
