@@ -30,6 +30,7 @@ _METHODS = {
     "alphaedit": "alphaedit",
     "nse": "nse",
     "ultraedit": "ultraedit",
+    "wise": "wise",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 
