@@ -7,23 +7,27 @@ shard's random mask selects; finished shards are merged by TIES or kept apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericalError
-from ..facts import Fact, validate_facts
-from ..memory.wise import ShardPlan, WiseMemories, model_activation
+from ..errors import FasteditError, NumericalError
+from ..facts import Fact
+from ..memory.base import Memory as AnyMemory
+from ..memory.edit import Base, MemoryEdit
+from ..memory.side_module import detach
+from ..memory.wise import ShardPlan, SideMemory, WiseMemory, WiseState, metric_of, model_activation
 from ..models.describe import ModelDescription
-from ..models.runner import BlockRunner, frozen
+from ..models.runner import BlockRunner
 from ..ops import masked_sgd_
 from ..ops.masks import Mask
 from ..ops.routing import activation_function
 from ..progress import progress
-from .base import Editor, register_editor
+from .base import register_editor
+from .memory_editor import Learned, MemoryEditor, TargetRow
 from .stopwatch import Stopwatch
 from .templates import plain_text, sample_continuations
 from .wise_training import FrozenRows, Margins, RowOptions, TrainingRows, positive_mean, training_rows
@@ -57,6 +61,11 @@ class WiseParams:
         replay: with ``retrieve``, keep later memories off the facts of earlier ones.
         chat: prompts are a user's turn of the tokenizer's chat template.
         batch_size: facts trained together; 1 as published.
+        route_scope: ``"prefill"`` decides once for a prompt, ``"per_call"`` in every call.
+        route_tokens: ``"prompt"`` decides by the prompt's tokens, ``"all"`` by all real tokens of a call.
+        route_reduce: what of its tokens' scores is a prompt's: ``"mean"``, ``"max"``, or ``"official_len100"``: over
+            100 tokens the mean over the batch of the greatest. None, for each: as published in the official profile,
+            else the first.
     """
 
     layers: tuple[int, ...]
@@ -81,9 +90,12 @@ class WiseParams:
     replay: bool = False
     chat: bool = False
     batch_size: int = 1
+    route_scope: str | None = None
+    route_tokens: str | None = None
+    route_reduce: str | None = None
 
     def __post_init__(self) -> None:
-        self.plan()
+        ShardPlan.of(vars(self))
         if len(self.layers) != 1:
             raise ValueError(f"layers: wise has a side memory in one layer, got {self.layers}")
         for name in ("steps", "batch_size"):
@@ -95,6 +107,9 @@ class WiseParams:
             ("decay_scope", ("all", "masked", "none")),
             ("metric", ("activated", "linear")),
             ("merge", ("ties", "magnitude", "sign", "ties_original")),
+            ("route_scope", ("prefill", "per_call")),
+            ("route_tokens", ("prompt", "all")),
+            ("route_reduce", ("mean", "max", "official_len100")),
         ):
             if getattr(self, name) not in (*known, *([] if name == "merge" else [None])):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -102,18 +117,6 @@ class WiseParams:
             raise ValueError(
                 "replay goes with retrieve=True: there is nothing to tell apart in one merged memory"
             )
-
-    def plan(self) -> ShardPlan:
-        """When shards are finished and merged."""
-        return ShardPlan(
-            self.mask_ratio,
-            self.save_freq,
-            self.merge_freq,
-            self.retrieve,
-            self.merge,
-            self.merge_density,
-            self.merge_weight,
-        )
 
     @classmethod
     def defaults_for(cls, description: ModelDescription) -> dict[str, Any]:
@@ -123,10 +126,11 @@ class WiseParams:
 
 
 @register_editor("wise")
-class Wise(Editor):
+class Wise(MemoryEditor):
     """Trains W' ← W' − η (M ∘ ∂J/∂W' + decay · W') for J = loss of the answer + routing loss, one fact at a time.
 
-    The model's own weights are never written.
+    The model's own weights are never written. An edit holds the whole memory after it: the newest can be reverted by
+    itself; taking off all of them gives back the model as it was.
 
     Args:
         model, tokenizer, **options: as for :class:`Editor`.
@@ -136,12 +140,12 @@ class Wise(Editor):
         masks: of the first shards, for exact replay; random ones follow.
 
     Attributes:
-        memories: all memories.
         losses: for each group of facts trained together in the last batch, (steps, 3) fp64: total, of the answers, of
             the routing.
     """
 
     Params = WiseParams
+    Memory = WiseMemory
 
     def __init__(
         self,
@@ -163,21 +167,16 @@ class Wise(Editor):
             raise ValueError(f"contexts must be templates with one {{}} each, got {list(contexts)}")
         if irrelevant is not None and not (irrelevant and all(text.strip() for text in irrelevant)):
             raise ValueError("irrelevant must hold at least one text, and no empty one")
-        (self.layer,) = params.layers
-        self.runner = BlockRunner(model)
-        self.metric = params.metric or ("linear" if self.profile == "paper" else "activated")
+        for mask in masks:
+            mask.check_size(self.projection.d_in * self.projection.d_out)
         self.decay_scope = params.decay_scope or ("all" if self.profile == "official" else "masked")
-        self.activation = model_activation(model)
-        used = activation_function("identity" if self.metric == "linear" else self.activation)
+        linear = metric_of(vars(params), self.profile) == "linear"
+        used = activation_function("identity" if linear else model_activation(model))
         self.margins = Margins(params.alpha, params.beta, params.gamma, used)
-        projection = self.description.projection(self.layer)
-        weight = projection.weight.detach()
-        base = weight.T if projection.transposed else weight
-        self.memories = WiseMemories(base, params.plan(), seed=self.seed, layer=self.layer, masks=masks)
+        self.masks = list(masks)
         self.losses: list[Tensor] = []
         self._contexts = None if contexts is None else list(contexts)
         self._irrelevant = None if irrelevant is None else list(irrelevant)
-        self._facts: list[Fact] = []  # all that were edited, in order
 
     @property
     def contexts(self) -> list[str]:
@@ -186,42 +185,119 @@ class Wise(Editor):
             self._contexts = sample_prefixes(self.runner, self.tokenizer, seed=self.seed)
         return self._contexts
 
+    def new_memory(self) -> WiseMemory:
+        """An empty memory that knows the projection."""
+        memory = WiseMemory(
+            self.projection.d_in, self.projection.d_out, vars(self.params), self.profile, self.seed
+        )
+        memory.attached_to(self.model, self.projection, self.layer)
+        return memory
+
+    # -- what changes the memory ----------------------------------------------------------------------------
+
+    def finalize(self) -> MemoryEdit:
+        """Finish the shard in training and merge now, whatever the schedule says; call it once after the last fact.
+
+        Raises:
+            FasteditError: there is no memory on the model.
+        """
+        state = self._present().copy()
+        state.finalise()
+        return self._put(state)
+
+    def forget(self, number: int) -> MemoryEdit:
+        """Take one memory out, with all facts in it: a merged one, a waiting shard, or the one in training.
+
+        Args:
+            number: counts the merged ones, then the waiting ones, then the one in training.
+
+        Raises:
+            FasteditError: there is no memory on the model.
+            IndexError: there is none of that number.
+        """
+        state = self._present().copy()
+        state.forget(number)
+        return self._put(state)
+
+    def reset(self) -> None:
+        """Take the whole memory off the model."""
+        side = self.side
+        if side is not None:
+            edits = list(side.edits)
+            detach(self.model, side)
+            for edit in edits:
+                edit._note(self.model, applied=False)
+
+    @property
+    def state(self) -> WiseState | None:
+        """The memories on the model; None before the first edit."""
+        side = self.side
+        return None if side is None else side.memory.state  # type: ignore[attr-defined]
+
+    def _present(self) -> WiseState:
+        state = self.state
+        if state is None:
+            raise FasteditError("there is no wise memory on this model: edit it first")
+        return state
+
+    def _put(self, state: WiseState) -> MemoryEdit:
+        """Make a state that was changed without training the newest edit."""
+        side = self.side
+        assert side is not None
+        tensors, about = state.content()
+        return MemoryEdit(
+            method=self.method,
+            facts=[],
+            layer=self.layer,
+            tensors=tensors,
+            about=about,
+            params=vars(self.params),
+            seed=self.seed,
+            profile=self.profile,
+            base=Base.of(self.model, self.layer),
+            beneath=tuple(edit.id for edit in side.edits),
+        ).apply(self.model)
+
     # -- training -------------------------------------------------------------------------------------------
 
-    def _train(self, facts: Sequence[Fact], watch: Stopwatch) -> None:
-        """Train a batch into the side memory; the memories are as before if anything fails."""
-        before, known = self.memories.snapshot(), len(self._facts)
-        try:
-            with frozen(self.model):
-                groups = self._groups(facts)
-                self.losses = []
-                with progress(total=len(facts), desc="editing", unit="fact", show=self.progress) as bar:
-                    for group, rows in groups:
-                        with watch.stage("prefix"):
-                            fixed = FrozenRows(self.runner, self.layer, rows, self.memories.base.float())
-                        with watch.stage("training"):
-                            self.losses.append(self._train_group(group, fixed))
-                        self._facts += group
-                        with watch.stage("merge"):
-                            self.memories.end(len(group))
-                        bar.update(len(group))
-        except BaseException:
-            self.memories.restore(before)
-            del self._facts[known:]
-            raise
+    def learn(self, facts: list[Fact], rows: list[TargetRow], memory: AnyMemory) -> Learned:
+        """Train a batch on a copy of the memories."""
+        assert isinstance(memory, WiseMemory)
+        state = memory.state.copy()
+        state.given = self.masks
+        watch, losses = Stopwatch(), []
+        groups = self._groups(facts, state)
+        with progress(total=len(facts), desc="editing", unit="fact", show=self.progress) as bar:
+            for group, group_rows in groups:
+                with watch.stage("prefix"):
+                    fixed = FrozenRows(self.runner, self.layer, group_rows, state.base.float())
+                with watch.stage("training"):
+                    trace, score = self._train(group, fixed, state)
+                with watch.stage("merge"):
+                    state.end(group, score)
+                losses.append(trace)
+                bar.update(len(group))
+        self.losses = losses
+        tensors, about = state.content()
+        measured = {
+            "steps": [len(trace) for trace in losses],
+            "loss": [float(trace[-1, 0]) for trace in losses],
+            "training": {name: round(value, 4) for name, value in watch.seconds.items()},
+        }
+        return Learned(tensors, about, measured)
 
-    def _groups(self, facts: Sequence[Fact]) -> list[tuple[list[Fact], TrainingRows]]:
+    def _groups(self, facts: Sequence[Fact], state: WiseState) -> list[tuple[list[Fact], TrainingRows]]:
         """Facts to train together, never across the end of a shard, with their rows."""
-        groups, start, room = [], 0, self.memories.room
+        groups, start, room = [], 0, state.room
         while start < len(facts):
             size = min(self.params.batch_size, room)
             group = list(facts[start : start + size])
-            groups.append((group, self._rows(group, len(self._facts) + start)))
+            groups.append((group, self._training_rows(group, len(state.facts) + start)))
             start += size
             room = room - size or self.params.save_freq
         return groups
 
-    def _rows(self, facts: Sequence[Fact], position: int) -> TrainingRows:
+    def _training_rows(self, facts: Sequence[Fact], position: int) -> TrainingRows:
         """The rows of facts, the first of which is the ``position``-th edited."""
         options = RowOptions(
             self.contexts, self.profile == "official", self.params.whole_text, self.params.chat
@@ -234,67 +310,71 @@ class Wise(Editor):
             self._irrelevant = neutral_sentences()
         return self._irrelevant[position % len(self._irrelevant)]
 
-    def _train_group(self, facts: Sequence[Fact], rows: FrozenRows) -> Tensor:
-        """SGD until the loss is low and still, or for all steps; (steps taken, 3) losses before each."""
-        params, memory = self.params, self.memories.begin()
+    def _train(self, facts: Sequence[Fact], rows: FrozenRows, state: WiseState) -> tuple[Tensor, float]:
+        """SGD until the loss is low and still, or for all steps.
+
+        Returns:
+            (steps taken, 3) fp64, the losses before each, and the lowest mean score of a fact when it ended.
+        """
+        params, memory = self.params, state.begin()
         losses: list[Tensor] = []
         for step in range(params.steps):
             found = rows.evaluate(memory.weight, self.margins)
-            still = _is_still(losses)
-            if still or step == params.steps - 1:
-                scores = found.scores.view(len(facts), -1)
-                self.memories.record(float(scores.mean(1).min()))
-            if still:
+            score = found.scores.view(len(facts), -1).mean(1).min()
+            if _is_still(losses):
                 break
             pairs = [(found.gradient, rows.inputs)]
-            if params.replay and self.memories.merged:
-                replayed, more = self._replay(memory.weight, step)
-                found.losses[0] += replayed
+            total = found.losses
+            if params.replay and state.merged:
+                replayed, more = self._replay(state, step)
+                total = total + torch.stack((replayed, *torch.zeros_like(total[1:])))
                 pairs += more
-            losses.append(found.losses.double())
-            self._update(memory.weight, memory.mask, pairs)
+            losses.append(total.double())
+            self._update(memory, state, pairs)
         trace = torch.stack(losses).cpu()
-        if not bool(trace.isfinite().all()):
+        if not bool(trace.isfinite().all()) or not bool(memory.weight.isfinite().all()):
             named = ", ".join(repr(fact.text) for fact in facts)
             raise NumericalError(
-                f"the loss of {named} stopped being finite: choose a lower lr, or a wider dtype"
+                f"training {named} left the finite numbers: choose a lower lr, or load the model in a wider dtype"
             )
-        return trace
+        return trace, float(score)
 
-    def _update(self, weight: Tensor, mask: Mask | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, memory: SideMemory, state: WiseState, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One step on the entries that the mask selects; the gradient is the product of outputs' and inputs'."""
         left, right = (torch.cat(parts).T for parts in zip(*pairs, strict=True))
         masked_sgd_(
-            weight,
+            memory.weight,
             (left, right),
-            mask,
+            memory.mask,
             self.params.lr,
             decay=self.params.weight_decay,
             decay_scope=self.decay_scope,
-            clamp_to=None if self.params.clamp is None else self.memories.base,
+            clamp_to=None if self.params.clamp is None else state.base,
             clamp=self.params.clamp,
         )
 
-    def _replay(self, weight: Tensor, step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _replay(self, state: WiseState, step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Scores of one fact of every merged memory pushed down, of one of the present group pushed up.
 
         Costs a pass through the lower blocks for each of them.
         """
-        low, high = _REPLAY_MARGINS if self.profile == "official" else (self.params.alpha, self.params.beta)
-        past = [memory.facts[step % len(memory.facts)] for memory in self.memories.merged]
-        chosen = [(position, lambda s: positive_mean(s - low) / len(past)) for position in past]
-        present = [position for memory in self.memories.pending for position in memory.facts]
-        present += self.memories.side.facts
+        alpha, beta = self.params.alpha, self.params.beta
+        low, high = _REPLAY_MARGINS if self.profile == "official" else (alpha, beta)
+        n_past, chosen = len(state.merged), []
+        for merged in state.merged:
+            position = merged.facts[step % len(merged.facts)]
+            chosen.append((position, lambda scores: positive_mean(scores - low) / n_past))
+        present = [position for memory in (*state.pending, state.side) for position in memory.facts]
         if present:
-            place = random.Random(f"{self.seed} {self.memories.count} {step}").randrange(len(present))
-            chosen.append((present[place], lambda s: positive_mean(high - s)))
+            place = random.Random(f"{self.seed} {len(state.facts)} {step}").randrange(len(present))
+            chosen.append((present[place], lambda scores: positive_mean(high - scores)))
+        weight = state.side.weight
         total, pairs = torch.zeros((), device=weight.device), []
         for position, loss in chosen:
-            rows = self._rows([self._facts[position]], position)
-            base = self.memories.base.float()
-            fixed = FrozenRows(self.runner, self.layer, rows, base, with_suffix=False)
+            rows = self._training_rows([state.facts[position]], position)
+            fixed = FrozenRows(self.runner, self.layer, rows, state.base.float(), with_suffix=False)
             value, gradient = fixed.push(weight, self.margins.activation, loss)
-            total += value
+            total = total + value
             pairs.append((gradient, fixed.inputs))
         return total, pairs
 
