@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,9 +24,12 @@ from .factors import LowRank
 from .render import digests
 from .safetensors_file import explained, file_size, read_tensors, write_tensors
 
+if TYPE_CHECKING:
+    from ..memory.edit import MemoryEdit
+
 logger = logging.getLogger(__name__)
 
-FORMAT = "fastedit-edit"
+FORMAT, MEMORY_FORMAT = "fastedit-edit", "fastedit-memory-edit"
 VERSION = 1
 _JSON, _FACTORS, _ORIGINALS = "edit.json", "factors.safetensors", "originals.safetensors"
 
@@ -75,17 +79,24 @@ def save_edit(
         write_tensors(temporary / _FACTORS, _tensors(edit))
         if originals is not None:
             write_tensors(temporary / _ORIGINALS, originals)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in sorted(temporary.iterdir())
-        }
-        content = {"format": FORMAT, "version": VERSION, **edit.as_dict(), "files": files}
-        atomic_write_json(temporary / _JSON, {**content, "sha256": _checksum(content)})
+        seal(temporary, FORMAT, VERSION, edit.as_dict())
     return directory
 
 
-def load_edit(directory: str | Path) -> Edit:
-    """Read an edit that :func:`save_edit` wrote. Originals are read only when they are needed.
+def seal(directory: Path, format: str, version: int, content: Mapping[str, Any]) -> None:
+    """Write ``edit.json`` beside the finished files of an edit, with their checksums and its own."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(directory.iterdir())
+    }
+    whole = {"format": format, "version": version, **content, "files": files}
+    atomic_write_json(directory / _JSON, {**whole, "sha256": _checksum(whole)})
+
+
+def load_edit(directory: str | Path) -> Edit | MemoryEdit:
+    """Read an edit that its ``save`` wrote: a change of weights, or an edit of a memory.
+
+    Originals are read only when they are needed.
 
     Raises:
         CorruptFile: there is none, or a file is missing, truncated or has a wrong checksum; names the file.
@@ -95,16 +106,11 @@ def load_edit(directory: str | Path) -> Edit:
     if not path.is_file():
         raise CorruptFile(f"there is no edit in {directory}: it has no {_JSON}")
     content = read_json(path)
-    _check_content(content, path)
-    files = content["files"]
-    for name, fields in files.items():
-        if file_size(directory / name) != fields["bytes"]:
-            raise CorruptFile(
-                f"{directory / name} must have {fields['bytes']} bytes, it has "
-                f"{file_size(directory / name)}: "
-                "it is truncated or missing; copy the edit again, or make it again"
-            )
-    _verify(directory / _FACTORS, files[_FACTORS]["sha256"])
+    if isinstance(content, dict) and content.get("format") == MEMORY_FORMAT:
+        from ..memory.edit import load_memory_edit
+
+        return load_memory_edit(directory)
+    files = unseal(content, directory, FORMAT, VERSION, _FACTORS)
     tensors = read_tensors(directory / _FACTORS)
     try:
         edit = _build(content, tensors)
@@ -113,6 +119,35 @@ def load_edit(directory: str | Path) -> Edit:
     if _ORIGINALS in files:
         edit._originals = Originals(directory / _ORIGINALS, files[_ORIGINALS]["sha256"])
     return edit
+
+
+def unseal(content: Any, directory: Path, format: str, version: int, needed: str) -> dict[str, Any]:
+    """Check what :func:`seal` wrote: format, version, checksums, and that the file ``needed`` is whole.
+
+    Args:
+        content: of ``edit.json``; its own checksum is taken out.
+        directory: the edit's.
+        format: what is expected.
+        version: what is expected.
+        needed: name of the file with the tensors.
+
+    Returns:
+        File name → bytes and checksum.
+
+    Raises:
+        CorruptFile: anything is wrong; names the file.
+    """
+    _check_content(content, directory / _JSON, format, version, needed)
+    files: dict[str, Any] = content["files"]
+    for name, fields in files.items():
+        if file_size(directory / name) != fields["bytes"]:
+            raise CorruptFile(
+                f"{directory / name} must have {fields['bytes']} bytes, it has "
+                f"{file_size(directory / name)}: "
+                "it is truncated or missing; copy the edit again, or make it again"
+            )
+    _verify(directory / needed, files[needed]["sha256"])
+    return files
 
 
 def _build(content: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
@@ -167,12 +202,12 @@ def _originals(edit: Edit) -> dict[str, Tensor] | None:
     return originals
 
 
-def _check_content(content: Any, path: Path) -> None:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CorruptFile(f"{path} does not describe an edit (format {FORMAT!r} was expected)")
-    if content.get("version") != VERSION:
+def _check_content(content: Any, path: Path, format: str, version: int, needed: str) -> None:
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise CorruptFile(f"{path} does not describe an edit (format {format!r} was expected)")
+    if content.get("version") != version:
         raise CorruptFile(
-            f"{path} has version {content.get('version')}, this fastedit reads version {VERSION}: use "
+            f"{path} has version {content.get('version')}, this fastedit reads version {version}: use "
             "a newer one"
         )
     checksum = content.pop("sha256", None)
@@ -180,8 +215,8 @@ def _check_content(content: Any, path: Path) -> None:
         raise CorruptFile(
             f"{path} has a wrong checksum: it was damaged or changed by hand; copy the edit again"
         )
-    if _FACTORS not in content["files"]:
-        raise CorruptFile(f"{path} names no {_FACTORS}")
+    if needed not in content["files"]:
+        raise CorruptFile(f"{path} names no {needed}")
 
 
 def _checksum(content: dict[str, Any]) -> str:

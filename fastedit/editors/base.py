@@ -31,6 +31,8 @@ _METHODS = {
     "nse": "nse",
     "ultraedit": "ultraedit",
     "wise": "wise",
+    "grace": "grace",
+    "defer": "defer",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import FasteditError, NumericalError
 from ..facts import Fact
-from ..memory.base import Memory as AnyMemory
+from ..memory.base import Memory
 from ..memory.edit import Base, MemoryEdit
 from ..memory.side_module import detach
 from ..memory.wise import ShardPlan, SideMemory, WiseMemory, WiseState, metric_of, model_activation
@@ -145,7 +145,7 @@ class Wise(MemoryEditor):
     """
 
     Params = WiseParams
-    Memory = WiseMemory
+    memory_class = WiseMemory
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class Wise(MemoryEditor):
 
     # -- training -------------------------------------------------------------------------------------------
 
-    def learn(self, facts: list[Fact], rows: list[TargetRow], memory: AnyMemory) -> Learned:
+    def learn(self, facts: list[Fact], rows: list[TargetRow], memory: Memory) -> Learned:
         """Train a batch on a copy of the memories."""
         assert isinstance(memory, WiseMemory)
         state = memory.state.copy()

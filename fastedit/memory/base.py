@@ -1,0 +1,176 @@
+"""What a memory editor adds at one projection: the interface that every method fills in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..models.describe import Projection
+    from .edit import MemoryEdit
+
+RouteScope = Literal["prefill", "per_call"]
+RouteTokens = Literal["prompt", "all"]
+
+
+class Decision(NamedTuple):
+    """What :meth:`Memory.route` decides for every sample of a batch.
+
+    Attributes:
+        index: (B,) int64; what the sample goes through, −1 for the base projection.
+        payload: (B, ...) whatever of the sample later steps need, or None.
+        score: (B,) what the decision was made by (a distance, a gate), for reports; or None.
+    """
+
+    index: Tensor
+    payload: Tensor | None = None
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes of a batch at one projection, as they stand beside the KV cache.
+
+    Attributes:
+        index: (B,) int64 on the projection's device, −1 where the base projection serves.
+        used: the indices from 0 up that may occur in ``index``, known without asking the device.
+        payload: see :class:`Decision`.
+        score: see :class:`Decision`.
+        version: of the memory when the routes were decided.
+    """
+
+    index: Tensor
+    used: tuple[int, ...]
+    payload: Tensor | None
+    score: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, decision: Decision, version: int) -> Routes:
+        """Routes of a decision; the one place where the device is waited for."""
+        used = tuple(sorted({index for index in decision.index.tolist() if index >= 0}))
+        return cls(decision.index, used, decision.payload, decision.score, version)
+
+    def select(self, rows: Tensor) -> Routes:
+        """The routes of these rows (beams that are reordered, samples that are dropped)."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+
+        index = self.index.index_select(0, rows.to(self.index.device))
+        return replace(self, index=index, payload=take(self.payload), score=take(self.score))
+
+    def repeat(self, times: int) -> Routes:
+        """Every row ``times`` times, the copies side by side."""
+        rows = torch.arange(len(self.index), device=self.index.device).repeat_interleave(times)
+        return self.select(rows)
+
+
+class Memory(ABC):
+    """What a method keeps beside one projection, and when and how it answers in the projection's place.
+
+    The base weights are never touched. Everything that a memory knows came in by :meth:`add`, so a memory is the
+    same wherever the same edits are added in the same order.
+
+    Args:
+        d_in: width of the projection's input.
+        d_out: width of its output.
+        params: the method's hyper-parameters, as plain values.
+        profile: ``"clean"``, ``"official"`` or ``"paper"``.
+        seed: of everything sampled.
+    """
+
+    method: str
+    """Name of the editing method."""
+    route_scope: RouteScope = "prefill"
+    """Whether a sample's route is decided once, at prefill, or anew in every call."""
+    route_tokens: RouteTokens = "prompt"
+    """Whether the route may look at the prompt's tokens only, or at all real tokens of the call."""
+    settings: tuple[str, ...] = ()
+    """Names of the hyper-parameters that decide how the memory behaves; all edits in it must agree on them."""
+    whole_state = False
+    """The content of an edit is the whole state after it. Only the newest edit can be taken off then."""
+
+    def __init__(
+        self, d_in: int, d_out: int, params: Mapping[str, Any], profile: str = "clean", seed: int = 0
+    ) -> None:
+        self.d_in, self.d_out = d_in, d_out
+        self.params, self.profile, self.seed = dict(params), profile, seed
+        self.version = 0
+
+    def attached_to(self, model: nn.Module, projection: Projection, layer: int) -> None:  # noqa: B027
+        """Called before anything is added: where it stands. Most memories need not know."""
+
+    # -- serving ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def route(self, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> Decision:
+        """Decide for every sample whether the memory answers. Runs without gradients, on the inputs' device.
+
+        Args:
+            inputs: (B, T, d_in), what the projection is given.
+            outputs: (B, T, d_out), what it returned.
+            tokens: (B, T) bool, the tokens to decide by: the prompt's, or all real ones (:attr:`route_tokens`).
+                A row may hold none; its route must then be −1.
+        """
+
+    @abstractmethod
+    def apply(self, inputs: Tensor, outputs: Tensor, routes: Routes, tokens: Tensor | None) -> Tensor:
+        """The outputs of the samples that are routed into the memory.
+
+        Args:
+            inputs: (B, T, d_in).
+            outputs: (B, T, d_out), what the base projection returned; not to be changed in place.
+            routes: at least one sample is routed. Rows with index −1 may come out in any way: they are
+                replaced by the base projection's.
+            tokens: the tokens that the route was decided by, (B, T) bool, in the call that decided it; None in
+                later calls.
+
+        Returns:
+            (B, T, d_out), in any floating dtype, or ``outputs`` itself if this call is not changed.
+        """
+
+    # -- content ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def add(self, edit: MemoryEdit) -> None:
+        """Take in an edit's content, on top of what is there. Nothing changes if it raises."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything."""
+
+    def remove(self, edit_id: str) -> None:
+        """Forget one edit, as if it had never been made. Not called for memories with :attr:`whole_state`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how one edit is taken off")
+
+    # -- reports ------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def n_entries(self) -> int:
+        """How many things it holds that a sample can be routed to."""
+
+    @property
+    @abstractmethod
+    def n_bytes(self) -> int:
+        """Bytes of its tensors."""
+
+    @property
+    def prefill_flops(self) -> int:
+        """Multiplications and additions to decide one sample's route."""
+        return 0
+
+    @property
+    def token_flops(self) -> int:
+        """Multiplications and additions for each generated token of a routed sample."""
+        return 0
+
+    def owner(self, index: int) -> str | None:
+        """Id of the edit that a route leads to, if it belongs to one."""
+        return None

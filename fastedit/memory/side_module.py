@@ -1,0 +1,212 @@
+"""A memory beside one projection of a model, attached by a hook: parameters keep their names and their bits.
+
+The projection itself always runs. Where a sample is routed into the memory, its output is replaced; a batch in which
+nothing is routed keeps the very tensor that the projection returned. ``save_pretrained`` writes the base weights as
+ever. The hooks are bound methods, so a deep copy of the model has memories of its own, and tensors follow the inputs'
+device when they are used, so ``model.to`` and device maps need nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FasteditError
+from ..models.describe import describe
+from .base import Memory, Routes
+from .edit import MemoryEdit
+from .routing import Key, Router, remove_router, router_of
+
+
+class SideModule:
+    """One memory at one projection, and the edits that are in it.
+
+    Attributes:
+        memory: the method's part.
+        layer: the block.
+        name: dotted name of the projection.
+        edits: oldest first.
+    """
+
+    def __init__(self, memory: Memory, layer: int, name: str, router: Router) -> None:
+        self.memory, self.layer, self.name, self.router = memory, layer, name, router
+        self.edits: list[MemoryEdit] = []
+        self.enabled = True
+
+    @property
+    def key(self) -> Key:
+        """What routes are kept under."""
+        return self.name, self.memory.method
+
+    @torch.compiler.disable
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of the projection."""
+        call = self.router.call
+        if call is None or not self.enabled:
+            return None
+        outputs = output.reshape(*call.size, -1)
+        inputs = args[0].reshape(*call.size, -1).to(outputs.device)
+        routes = call.routes(self.key, self.memory)
+        tokens = None
+        if routes is None:
+            tokens = call.tokens(self.memory.route_tokens, outputs.device)
+            routes = self._decide(inputs, outputs, tokens)
+            self.router.note(self.key, routes, call)
+        if not routes.used:
+            return None
+        new = self.memory.apply(inputs, outputs, routes, tokens)
+        if new is outputs:
+            return None
+        routed = (routes.index >= 0).to(outputs.device)[:, None, None]
+        return torch.where(routed, new.to(outputs.dtype), outputs).reshape(output.shape)
+
+    @torch.no_grad()
+    def _decide(self, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> Routes:
+        return Routes.of(self.memory.route(inputs, outputs, tokens), self.memory.version)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model without this memory."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    # -- edits --------------------------------------------------------------------------------------
+
+    def push(self, edit: MemoryEdit) -> None:
+        """Put an edit on top."""
+        self.memory.add(edit)
+        self.memory.version += 1
+        self.edits.append(edit)
+        if self.memory.whole_state and len(self.edits) > 2:
+            self.edits[-3].release()  # the two newest states are enough to take the newest off
+
+    def remove(self, edit_id: str) -> MemoryEdit:
+        """Take one edit off.
+
+        Raises:
+            FasteditError: the memory cannot give this one back. Nothing changes.
+        """
+        position = [edit.id for edit in self.edits].index(edit_id)
+        edit = self.edits[position]
+        if self.memory.whole_state:
+            self._restore_below(position)
+        else:
+            self.memory.remove(edit_id)
+        self.memory.version += 1
+        del self.edits[position]
+        return edit
+
+    def _restore_below(self, position: int) -> None:
+        edit = self.edits[position]
+        if position != len(self.edits) - 1:
+            raise FasteditError(
+                f"{edit!r} cannot be taken off by itself: later edits of the {self.memory.method} memory were "
+                "trained on top of it. Revert those first, newest first, or all of it"
+            )
+        below = self.edits[position - 1] if position else None
+        if below is not None and below.released:
+            raise FasteditError(
+                f"the state before {edit!r} is not kept any more: only the newest edit of a {self.memory.method} "
+                "memory can be taken off by itself. Revert all of it, or apply a saved edit anew"
+            )
+        self.memory.clear()
+        if below is not None:
+            self.memory.add(below)
+
+
+def sides_of(model: nn.Module) -> list[SideModule]:
+    """The memories of a model, in the order they were attached; empty if it has none."""
+    router = router_of(model)
+    return [] if router is None else list(router.sides)
+
+
+def find_side(model: nn.Module, layer: int, method: str) -> SideModule | None:
+    """The memory of a method at a block's projection, if the model has it."""
+    return next((s for s in sides_of(model) if s.layer == layer and s.memory.method == method), None)
+
+
+def attach(model: nn.Module, layer: int, memory: Memory) -> SideModule:
+    """Put a memory beside the output projection of block ``layer``.
+
+    Raises:
+        IndexError: no such block.
+        FasteditError: a memory of this method is there already.
+        ValueError: the memory is for a projection of another shape.
+    """
+    projection = describe(model).projection(layer)
+    if find_side(model, layer, memory.method) is not None:
+        raise FasteditError(f"{projection.name} has a {memory.method} memory already")
+    if (memory.d_in, memory.d_out) != (projection.d_in, projection.d_out):
+        raise ValueError(
+            f"the memory is for a projection from {memory.d_in} to {memory.d_out}, {projection.name} maps "
+            f"{projection.d_in} to {projection.d_out}"
+        )
+    memory.attached_to(model, projection, layer)
+    router = router_of(model, make=True)
+    assert router is not None
+    side = SideModule(memory, layer, projection.name, router)
+    projection.module.register_forward_hook(side.hook)
+    router.sides.append(side)
+    return side
+
+
+def detach(model: nn.Module, side: SideModule) -> None:
+    """Take a memory off a model; without any the model is exactly as it was before the first."""
+    module = describe(model).projection(side.layer).module
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__self__", None) is side:
+            del module._forward_hooks[number]
+    side.router.sides.remove(side)
+    if not side.router.sides:
+        remove_router(model)
+
+
+def route_info(model: nn.Module) -> list[list[dict[str, Any]]]:
+    """What the last prefill decided.
+
+    Returns:
+        For every sample a list with an entry per memory: ``layer``, ``method``, ``route`` (None for the base
+        projection), ``edit`` (id of the edit behind it, where it belongs to one) and ``score`` (a distance, a gate;
+        None if the method has none).
+    """
+    rows: list[list[dict[str, Any]]] = []
+    for side in sides_of(model):
+        routes = side.router.last.get(side.key)
+        if routes is None:
+            continue
+        indices = routes.index.tolist()
+        scores = [None] * len(indices) if routes.score is None else routes.score.tolist()
+        rows = rows or [[] for _ in indices]
+        for row, index, score in zip(rows, indices, scores, strict=True):
+            row.append(
+                {
+                    "layer": side.layer,
+                    "method": side.memory.method,
+                    "route": index if index >= 0 else None,
+                    "edit": side.memory.owner(index) if index >= 0 else None,
+                    "score": score,
+                }
+            )
+    return rows
+
+
+def clear_memories(model: nn.Module) -> list[MemoryEdit]:
+    """Take all memories off a model; it is then exactly as it was before the first.
+
+    Returns:
+        The edits that were in them.
+    """
+    gone = []
+    for side in sides_of(model):
+        detach(model, side)
+        gone += side.edits
+    for edit in gone:
+        edit._note(model, applied=False)
+    return gone
