@@ -90,7 +90,7 @@ class PublishedWise:
                 self.threshold = min(self.threshold, score)
             loss = answer + routing
             losses.append(torch.stack((loss, answer, routing)).detach().double())
-            history.append(float(loss))
+            history.append(float(loss.detach()))
             with self.stage("backward"):
                 optimiser.zero_grad()
                 loss.backward()
