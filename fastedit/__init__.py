@@ -33,15 +33,31 @@ from .facts import Fact  # noqa: E402
 if TYPE_CHECKING:
     from .artefacts import Edit, load_edit
     from .editors import editor
+    from .memory.directory import load_model, save_model
+    from .memory.edit import MemoryEdit
     from .ops.backend import use_backend
 
 _LAZY = {
     "Edit": ".artefacts",
+    "MemoryEdit": ".memory.edit",
     "load_edit": ".artefacts",
+    "load_model": ".memory.directory",
     "editor": ".editors",
+    "save_model": ".memory.directory",
     "use_backend": ".ops.backend",
 }
-_SUBPACKAGES = ("artefacts", "data", "demo", "editors", "evaluation", "kernels", "models", "ops", "stats")
+_SUBPACKAGES = (
+    "artefacts",
+    "data",
+    "demo",
+    "editors",
+    "evaluation",
+    "kernels",
+    "memory",
+    "models",
+    "ops",
+    "stats",
+)
 
 __all__ = [
     "BackendUnavailable",
@@ -51,11 +67,14 @@ __all__ = [
     "Fact",
     "FasteditError",
     "InvalidFact",
+    "MemoryEdit",
     "NumericalError",
     "UnsupportedModel",
     "__version__",
     "editor",
     "load_edit",
+    "load_model",
+    "save_model",
     "use_backend",
 ]
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, FasteditError, NumericalError
+from ..errors import BaseMismatch, CorruptFile, FasteditError, NumericalError
 from ..io import atomic_directory, atomic_write_json
 from ..models.fingerprint import weight_digest
 from ..progress import progress
@@ -24,11 +24,14 @@ from .safetensors_file import DTYPES, convert, encode_header, explained, rewrite
 from .stack import stack_of
 from .storage import load_edit, save_edit
 
+if TYPE_CHECKING:
+    from ..memory.edit import MemoryEdit
+
 Format = Literal["full", "lora"]
 
 
 def apply_to_directory(
-    edit: Edit | str | Path,
+    edit: Edit | MemoryEdit | str | Path,
     model_dir: str | Path,
     *,
     out: str | Path | None = None,
@@ -41,7 +44,7 @@ def apply_to_directory(
     directory loads as it was before or as it is after.
 
     Args:
-        edit: the edit or its directory.
+        edit: the edit or its directory. An edit of a memory is put beside the weights, which stay as they are.
         model_dir: ``model.safetensors``, or shards with their index, beside the config.
         out: a new directory for the edited model; ``model_dir`` stays as it is.
         force: apply it to another base or at another position as well.
@@ -54,13 +57,13 @@ def apply_to_directory(
         BaseMismatch: the edit was made on other weights, or the files were changed by something else.
         FasteditError: the edit is there already; another process edits the directory; the disk is full.
     """
-    edit = edit if isinstance(edit, Edit) else load_edit(edit)
+    loaded = load_edit(edit) if isinstance(edit, (str, Path)) else edit
     if out is not None:
         with explained(out), atomic_directory(out) as temporary:
             copy_model(model_dir, temporary)
-            return _apply(edit, temporary, force, device)
+            return _apply(loaded, temporary, force, device)
     with locked(model_dir):
-        return _apply(edit, Path(model_dir), force, device)
+        return _apply(loaded, Path(model_dir), force, device)
 
 
 def revert_directory(
@@ -80,15 +83,17 @@ def revert_directory(
         FasteditError: there is no such edit; another process edits the directory; the disk is full.
         BaseMismatch: the files were changed by something else.
     """
+    from ..memory.directory import memory_rows, remove_from_directory
+
     with locked(model_dir):
         directory = ModelDirectory(model_dir)
-        directory.refuse_links()
-        directory.sweep()
-        gone = _chosen(directory, which)
-        work = _Work(directory, device)
-        work.remove({row["id"] for row in gone})
-        directory.commit(work.record, work.changed)
-        ModelDirectory(model_dir).sweep()
+        gone = _chosen(_rows(directory), directory.path, which)
+        ids = {row["id"] for row in gone}
+        in_memory = ids & {row["id"] for row in memory_rows(directory.path)}
+        if in_memory:
+            remove_from_directory(directory.path, in_memory)
+        if ids - in_memory:
+            _revert_weights(directory, ids - in_memory, device)
         return gone
 
 
@@ -103,11 +108,11 @@ def list_directory(model_dir: str | Path) -> list[dict[str, Any]]:
         FasteditError: there are no weights in the safetensors format.
         CorruptFile: a file is damaged.
     """
-    return ModelDirectory(model_dir).record.edits
+    return _rows(ModelDirectory(model_dir))
 
 
 def export(
-    edits: Sequence[Edit | str | Path],
+    edits: Sequence[Edit | MemoryEdit | str | Path],
     model: nn.Module | str | Path,
     out: str | Path,
     *,
@@ -138,9 +143,12 @@ def export(
 
     Raises:
         BaseMismatch: an edit does not fit the model.
-        FasteditError: no weights, full disk, or changes that a LoRA adapter cannot hold.
+        FasteditError: no weights, full disk, changes that a LoRA adapter cannot hold, or a memory, which is no
+            change of weights.
     """
-    loaded = [edit if isinstance(edit, Edit) else load_edit(edit) for edit in edits]
+    given = [load_edit(edit) if isinstance(edit, (str, Path)) else edit for edit in edits]
+    _refuse_memories(given, model)
+    loaded = [edit for edit in given if isinstance(edit, Edit)]
     kind = _dtype(dtype)
     if format == "lora":
         return export_adapter(loaded, out, model, overwrite=overwrite)
@@ -265,11 +273,19 @@ class _Work:
 
     def _edit(self, edit_id: str) -> Edit:
         if edit_id not in self.edits:
-            self.edits[edit_id] = load_edit(self.directory.edit_path(edit_id))
+            path = self.directory.edit_path(edit_id)
+            edit = load_edit(path)
+            if not isinstance(edit, Edit):
+                raise CorruptFile(f"{path} must hold a change of weights, it holds an edit of a memory")
+            self.edits[edit_id] = edit
         return self.edits[edit_id]
 
 
-def _apply(edit: Edit, path: Path, force: bool, device: str) -> dict[str, Any]:
+def _apply(edit: Edit | MemoryEdit, path: Path, force: bool, device: str) -> dict[str, Any]:
+    if not isinstance(edit, Edit):
+        from ..memory.directory import add_to_directory
+
+        return add_to_directory(edit, path, force=force)
     directory = ModelDirectory(path)
     directory.refuse_links()
     directory.sweep()
@@ -284,17 +300,47 @@ def _apply(edit: Edit, path: Path, force: bool, device: str) -> dict[str, Any]:
     return row
 
 
-def _chosen(directory: ModelDirectory, which: str) -> list[dict[str, Any]]:
-    rows = directory.record.edits
+def _revert_weights(directory: ModelDirectory, ids: set[str], device: str) -> None:
+    directory.refuse_links()
+    directory.sweep()
+    work = _Work(directory, device)
+    work.remove(ids)
+    directory.commit(work.record, work.changed)
+    ModelDirectory(directory.path).sweep()
+
+
+def _rows(directory: ModelDirectory) -> list[dict[str, Any]]:
+    """Edits of the weights and of memories, oldest first."""
+    from ..memory.directory import memory_rows
+
+    rows = [*directory.record.edits, *memory_rows(directory.path)]
+    return sorted(rows, key=lambda row: datetime.fromisoformat(row["applied"]))
+
+
+def _refuse_memories(edits: Iterable[Edit | MemoryEdit], model: nn.Module | str | Path) -> None:
+    from ..memory.directory import load_edits
+    from ..memory.edit import cannot_merge
+    from ..memory.side_module import sides_of
+
+    found = [edit for edit in edits if not isinstance(edit, Edit)]
+    if isinstance(model, nn.Module):
+        found += [edit for side in sides_of(model) for edit in side.edits]
+    else:
+        found += load_edits(model)
+    if found:
+        raise cannot_merge(found)
+
+
+def _chosen(rows: list[dict[str, Any]], path: Path, which: str) -> list[dict[str, Any]]:
     if not rows:
-        raise FasteditError(f"there are no edits in {directory.path}: nothing to revert")
+        raise FasteditError(f"there are no edits in {path}: nothing to revert")
     if which in ("last", "all"):
         return rows[-1:] if which == "last" else list(rows)
     found = [row for row in rows if row["id"].startswith(which)]
     if len(found) != 1 or not which:
         known = ", ".join(row["id"] for row in rows)
         problem = "no edit" if not found else f"{len(found)} edits"
-        raise FasteditError(f"{problem} in {directory.path} with an id like {which!r}; there are {known}")
+        raise FasteditError(f"{problem} in {path} with an id like {which!r}; there are {known}")
     return found
 
 

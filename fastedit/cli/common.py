@@ -42,7 +42,7 @@ def add_model_options(parser: Any) -> None:
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Load a model, in evaluation mode, and its tokenizer.
+    """Load a model, in evaluation mode and with the memories in its folder, and its tokenizer.
 
     Args:
         name: a folder or a name on the Hugging Face hub.
@@ -71,6 +71,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     if device != "map":
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(automatic if device == "auto" else device)
+    if Path(name).is_dir():
+        from ..memory.directory import attach_saved
+
+        attach_saved(model, name)
     return model.eval(), tokenizer
 
 

@@ -16,6 +16,7 @@ from ._table import table
 
 if TYPE_CHECKING:
     from ..artefacts import Edit
+    from ..memory.edit import MemoryEdit
 
 _EXAMPLES = """\
   fastedit edit gpt2-xl --fact "The capital of {France} is -> Lyon" --out lyon
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     rows = _rows(facts, answers)
     measured = {"n_facts": len(facts), "n_now_right": sum(row["right"] for row in rows), "rows": rows}
     edits[-1].measured["answers"] = measured
+    edits = [edit for edit in edits if not getattr(edit, "released", False)]  # held by a later one
     places = save_edits(edits, Path(args.out))
     if args.state:
         editor.save_state(args.state)
@@ -193,7 +195,7 @@ def answer(model: Any, tokenizer: Any, facts: Sequence[Fact], max_new_tokens: in
     return [getattr(each, "text", "") for each in said]
 
 
-def save_edits(edits: Sequence[Edit], out: Path) -> list[Path]:
+def save_edits(edits: Sequence[Edit | MemoryEdit], out: Path) -> list[Path]:
     """Save one edit as ``out`` itself, several as ``out/001``, ``out/002`` and so on; all or nothing."""
     from ..io import atomic_directory
 

@@ -11,6 +11,7 @@ from .apply import count
 
 if TYPE_CHECKING:
     from ..artefacts import Edit
+    from ..memory.edit import MemoryEdit
 
 _EXAMPLES = """\
 examples:
@@ -38,9 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from ..artefacts import load_edit
+    from ..artefacts import Edit, load_edit
 
     edit = load_edit(args.edit)
+    if not isinstance(edit, Edit):
+        _show_memory(edit, args)
+        return 0
     matrices = _matrices(edit)
     if args.json:
         content = {**edit.as_dict(), "rank": edit.rank, "bytes": edit.size_bytes, "changes": matrices}
@@ -58,13 +62,36 @@ def run(args: argparse.Namespace) -> int:
     print(_facts(edit, None if args.facts else _FEW) + "\n")
     head = ["matrix", "shape", "dtype", "rank", "norm of the change"]
     print(table(head, [[m["name"], m["shape"], m["dtype"], m["rank"], f"{m['norm']:.4g}"] for m in matrices]))
-    simple = {key: value for key, value in edit.measured.items() if not isinstance(value, (dict, list))}
-    if simple:
-        print("\n" + table(["measured", "value"], [[key, str(value)] for key, value in simple.items()]))
+    print(_measured(edit))
     return 0
 
 
-def _facts(edit: Edit, limit: int | None) -> str:
+def _show_memory(edit: MemoryEdit, args: argparse.Namespace) -> None:
+    if args.json:
+        content = {**edit.as_dict(), "rank": 0, "bytes": edit.size_bytes, "changes": []}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    print(
+        f"Edit {edit.id}: {edit.method} ({edit.profile}), {count(len(edit.facts), 'fact')}, made "
+        f"{edit.created[:19]} UTC"
+    )
+    print(
+        f"made on model {edit.base.fingerprint}, seed {edit.seed}, {size_text(edit.size_bytes)}\n"
+        f"a memory beside {edit.base.weight} ({edit.base.shape[0]} x {edit.base.shape[1]}, {edit.base.dtype}); "
+        "no weight is changed\n"
+    )
+    print(_facts(edit, None if args.facts else _FEW))
+    print(_measured(edit))
+
+
+def _measured(edit: Edit | MemoryEdit) -> str:
+    simple = {key: value for key, value in edit.measured.items() if not isinstance(value, (dict, list))}
+    if not simple:
+        return ""
+    return "\n" + table(["measured", "value"], [[key, str(value)] for key, value in simple.items()])
+
+
+def _facts(edit: Edit | MemoryEdit, limit: int | None) -> str:
     chosen = edit.facts[:limit]
     rows = [[f.text, f.target_new.strip(), (f.target_old or "").strip()] for f in chosen]
     text = table(["fact", "new answer", "old answer"], rows)

@@ -1,8 +1,8 @@
 """DEFER: a gate and a linear predictor beside one projection (a baseline of Hartvigsen et al. 2023, after SERAC).
 
-The gate g(h) = σ(a·h + b) looks at the projection's input h at the prompt's last token. Where it is at least one half,
-every output of the projection is o(h) = C h + c. Both are trained on the edits alone, without any example that the
-memory should leave alone, so the gate drifts open: the method is here to be compared with.
+The gate g(h) = σ(a·h + b) looks at the projection's input h at the prompt's last token. Where it is at least one
+half, every output of the projection is o(h) = C h + c. Both are trained on the edits alone, without any example that
+the memory should leave alone, so the gate drifts open: the method is here to be compared with.
 """
 
 from __future__ import annotations

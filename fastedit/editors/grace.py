@@ -84,8 +84,9 @@ class GraceParams:
 class GraceMemory(Memory):
     """A :class:`Codebook` and the facts that made it, so that any of them can be taken out again.
 
-    An edit's content: ``keys`` (n, d_in) and ``values`` (n, d_out), a row per fact, and the facts' labels and prompt
-    lengths. Taking an edit out undoes the codebook's growth back to it, bit for bit, and places the later facts anew.
+    An edit's content: ``keys`` (n, d_in) in the model's dtype and ``values`` (n, d_out) fp32, a row per fact, and the
+    facts' labels and prompt lengths. Taking an edit out undoes the codebook's growth back to it, bit for bit, and
+    places the later facts anew.
     """
 
     method = "grace"
@@ -104,7 +105,6 @@ class GraceMemory(Memory):
         rules = Rules(self.params["radius"], self.params["expand"], official)
         self.codebook = Codebook(self.d_in, self.d_out, rules)
         self._edits: list[tuple[MemoryEdit, int]] = []  # with the codebook's mark before it
-        self._owners: dict[int, str] = {}
 
     # -- serving ------------------------------------------------------------------------------------
 
@@ -149,11 +149,12 @@ class GraceMemory(Memory):
             keys.to(device), values.to(device), labels, lengths, strict=True
         ):
             placement = self.codebook.place(key, value, label, length)
-            if placement.row is not None:
-                self.codebook.set_value(placement.row, value)
-                self._owners[placement.row] = edit.id
-            elif placement.added is not None:
-                self._owners[placement.added] = edit.id
+            row = placement.added if placement.row is None else placement.row
+            if row is None:
+                continue
+            if row != placement.added:
+                self.codebook.set_value(row, value)
+            self.codebook.set_owner(row, edit.id)
 
     def remove(self, edit_id: str) -> None:
         """Undo the growth back to an edit, and place the later ones anew."""
@@ -166,7 +167,7 @@ class GraceMemory(Memory):
 
     def owner(self, index: int) -> str | None:
         """The edit that gave an entry its value last."""
-        return self._owners.get(index)
+        return self.codebook.owners[index]
 
     # -- reports ------------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class Grace(MemoryEditor):
             ]
         }
         self.losses = losses
-        return Learned({"keys": keys.float(), "values": values}, about, measured)
+        return Learned({"keys": keys, "values": values}, about, measured)
 
     # -- queries ------------------------------------------------------------------------------------
 
@@ -272,7 +273,10 @@ class Grace(MemoryEditor):
                 handle.remove()
             for place, i in enumerate(batch):
                 keys[i], outputs[i] = found["keys"][place], found["outputs"][place]
-        return torch.stack(keys), torch.stack(outputs)
+        found_keys = torch.stack(keys)
+        if found_keys.dtype == torch.float64:
+            found_keys = found_keys.float()  # look-ups are in float32
+        return found_keys, torch.stack(outputs)
 
     def _cold(self, outputs: Tensor, memory: GraceMemory) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + memory.n_entries)

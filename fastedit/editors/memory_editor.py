@@ -164,7 +164,10 @@ class UpperPass:
         return (outputs if norm is None else norm(outputs)) * self.description.residual_scale
 
     def _score_at(self, rows: Sequence[TargetRow], starts: Sequence[int]) -> None:
-        scored, token, row_of, weight = [], [], [], []
+        scored: list[int] = []
+        token: list[int] = []
+        row_of: list[int] = []
+        weight: list[float] = []
         for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
             n, begin = len(row.target), number * self.inputs.shape[1] + row.key - start
             scored += range(begin, begin + n)
@@ -300,12 +303,18 @@ class MemoryEditor(Editor):
         }
 
 
+def memory_class(method: str) -> type[Memory]:
+    """The memory of a method."""
+    kind = editor_class(method)
+    if not issubclass(kind, MemoryEditor):
+        raise ValueError(f"{method} is no memory editor")
+    return kind.memory_class
+
+
 def memory_for(edit: MemoryEdit, projection: Projection) -> Memory:
     """An empty memory of the kind that an edit belongs to."""
-    kind = editor_class(edit.method)
-    if not issubclass(kind, MemoryEditor):
-        raise ValueError(f"{edit.method} is no memory editor")
-    return kind.memory_class(projection.d_in, projection.d_out, edit.params, edit.profile, edit.seed)
+    kind = memory_class(edit.method)
+    return kind(projection.d_in, projection.d_out, edit.params, edit.profile, edit.seed)
 
 
 def require_finite(losses: Tensor, facts: Sequence[Fact]) -> None:

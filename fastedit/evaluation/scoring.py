@@ -228,7 +228,12 @@ class Scorer:
         return results
 
     def _score(self, batch: Sequence[_Encoded]) -> list[PairScore | Unscorable]:
-        states, mask = self.forward.step([e.ids for e in batch], pad_id(self.tokenizer), self.padding_side)
+        from ..memory.routing import prompts
+
+        with prompts(self.forward.model, [e.start for e in batch]):  # answers do not route a memory
+            states, mask = self.forward.step(
+                [e.ids for e in batch], pad_id(self.tokenizer), self.padding_side
+            )
         shift = (mask.argmax(dim=1) if self.padding_side == "left" else torch.zeros(len(batch))).tolist()
         places = [(r, int(shift[r]) + i - 1) for r, e in enumerate(batch) for i in range(e.start, len(e.ids))]
         wanted = [e.ids[i] for e in batch for i in range(e.start, len(e.ids))]

@@ -8,10 +8,26 @@
 
 from __future__ import annotations
 
-from .base import Decision, Memory, Routes
-from .edit import Base, MemoryEdit, load_memory_edit
-from .routing import forget_routes, last_token, prompts
-from .side_module import SideModule, attach, clear_memories, detach, find_side, route_info, sides_of
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Decision, Memory, Routes
+    from .directory import load_model, save_model
+    from .edit import Base, MemoryEdit
+    from .routing import forget_routes, last_token, prompts
+    from .side_module import SideModule, attach, clear_memories, detach, find_side, route_info, sides_of
+
+_LAZY = {
+    **dict.fromkeys(("Decision", "Memory", "Routes"), ".base"),
+    **dict.fromkeys(("load_model", "save_model"), ".directory"),
+    **dict.fromkeys(("Base", "MemoryEdit"), ".edit"),
+    **dict.fromkeys(("forget_routes", "last_token", "prompts"), ".routing"),
+    **dict.fromkeys(
+        ("SideModule", "attach", "clear_memories", "detach", "find_side", "route_info", "sides_of"),
+        ".side_module",
+    ),
+}
 
 __all__ = [
     "Base",
@@ -26,8 +42,15 @@ __all__ = [
     "find_side",
     "forget_routes",
     "last_token",
-    "load_memory_edit",
+    "load_model",
     "prompts",
     "route_info",
+    "save_model",
     "sides_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module 'fastedit.memory' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ RouteScope = Literal["prefill", "per_call"]
 RouteTokens = Literal["prompt", "all"]
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True)
+class Decision:
     """What :meth:`Memory.route` decides for every sample of a batch.
 
     Attributes:

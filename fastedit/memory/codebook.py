@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ..ops import nearest_key
 Expand = Literal["coverage", "moving_average"]
 Label = tuple[int, ...]
 
+_SAME = (
+    1e-4  # keys nearer than this, relative to their norm, are of one prompt; two units of the dtype if larger
+)
 _SPLIT = 1e-5  # how much less than half the distance the older of two conflicting keys keeps
 
 
@@ -40,16 +43,15 @@ class Rules:
         radius: of a new key.
         expand: what happens to a key whose answer a farther prompt shares: ``"coverage"`` its radius reaches that
             prompt; ``"moving_average"`` the key also moves half the way to it.
-        official: labels are equal if the means of the published label tensors are (−100 for each prompt token but
-            the last ones included), and a key is compared with the label at the mirrored place, since labels are
-            put in front and keys behind; a prompt that is there already conflicts with itself.
-        same: distances up to this times the key's norm count as none: the same prompt. Not used by ``official``.
+        official: labels are equal if the means of the published label tensors are (with their −100 for each prompt
+            token), and a key is compared with the label at the mirrored place, since labels are
+            put in front and keys behind; a prompt that is there already conflicts with itself. Else labels are
+            compared as they are, and another answer for the same prompt overwrites the former.
     """
 
     radius: float
     expand: Expand = "coverage"
     official: bool = False
-    same: float = 1e-4
 
 
 class Codebook:
@@ -68,7 +70,8 @@ class Codebook:
         self._keys, self._values, self._radii = torch.empty(0, d_in), torch.empty(0, d_out), torch.empty(0)
         self.labels: list[Label] = []
         self.prompt_lengths: list[int] = []
-        self._log: list[tuple[str, int, object]] = []
+        self.owners: list[str | None] = []
+        self._log: list[tuple[str, int, Any]] = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,11 +114,12 @@ class Codebook:
         """Make room for a fact.
 
         Args:
-            key: (d_in,), the query of its prompt.
+            key: (d_in,), the query of its prompt, in the model's dtype.
             value: (d_out,), of a new entry.
             label: the target's ids.
             prompt_length: tokens of the prompt, for the official comparison of labels.
         """
+        same = max(_SAME, 2 * torch.finfo(key.dtype).eps)
         key, label = key.float(), tuple(label)
         self.to(key.device)
         if not len(self):
@@ -125,7 +129,7 @@ class Codebook:
         if distance > self.rules.radius + float(self._radii[j]):
             return self._settle("add", key, self._add(key, value, label, prompt_length))
         if not self._same_label(label, prompt_length, j):
-            if not self.rules.official and distance <= self.rules.same * float(key.norm()):
+            if not self.rules.official and distance <= same * float(key.norm()):
                 self._set("label", j, label)
                 return Placement("overwrite", j, None)
             added = self._add(key, value, label, prompt_length)
@@ -142,6 +146,10 @@ class Codebook:
     def set_value(self, row: int, value: Tensor) -> None:
         """Give an entry a new value."""
         self._set("value", row, value.to(self._values))
+
+    def set_owner(self, row: int, owner: str) -> None:
+        """Note which edit an entry's value comes from."""
+        self._set("owner", row, owner)
 
     def _settle(self, action: str, key: Tensor, added: int | None) -> Placement:
         row = int(self.lookup(key[None])[0])
@@ -164,6 +172,7 @@ class Codebook:
         self._keys[n], self._values[n], self._radii[n] = key, value.to(self._values), self.rules.radius
         self.labels.append(label)
         self.prompt_lengths.append(prompt_length)
+        self.owners.append(None)
         self._log.append(("add", n, None))
         return n
 
@@ -180,24 +189,21 @@ class Codebook:
             if what == "add":
                 self.labels.pop()
                 self.prompt_lengths.pop()
+                self.owners.pop()
             else:
                 self._write(what, row, before)
 
-    def _set(self, what: str, row: int, value: object) -> None:
-        before: object = self.labels[row]
-        if what != "label":
-            before = self._array(what)[row].clone()
-        self._log.append((what, row, before))
+    def _set(self, what: str, row: int, value: Any) -> None:
+        before = self._column(what)[row]
+        self._log.append((what, row, before.clone() if isinstance(before, Tensor) else before))
         self._write(what, row, value)
 
-    def _write(self, what: str, row: int, value: object) -> None:
-        if what == "label":
-            self.labels[row] = value  # type: ignore[assignment]
-        else:
-            self._array(what)[row] = value  # type: ignore[assignment]
+    def _write(self, what: str, row: int, value: Any) -> None:
+        self._column(what)[row] = value
 
-    def _array(self, what: str) -> Tensor:
-        return {"key": self._keys, "value": self._values, "radius": self._radii}[what]
+    def _column(self, what: str) -> Any:
+        columns = {"key": self._keys, "value": self._values, "radius": self._radii}
+        return {**columns, "label": self.labels, "owner": self.owners}[what]
 
 
 def _mean(label: Label, prompt_length: int) -> float:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ class MemoryEdit:
     _id: str = field(default="", repr=False)
     _models: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
 
-    factors = {}  # noqa: RUF012  it changes no weight; what asks for the factors of any edit finds none
+    factors: ClassVar[dict[str, Any]] = {}  # what asks for the changes of weights finds none
 
     def __post_init__(self) -> None:
         if self.tensors is not None:
@@ -216,7 +216,7 @@ class MemoryEdit:
         if side is None:
             side = attach(model, self.layer, memory_for(self, describe(model).projection(self.layer)))
         try:
-            self._check_memory(side, force)
+            require_compatible(self, side.edits, force)
             side.push(self)
         except BaseException:
             if fresh:
@@ -297,24 +297,6 @@ class MemoryEdit:
             "Nothing was touched"
         )
 
-    def _check_memory(self, side: Any, force: bool) -> None:
-        ids = [edit.id for edit in side.edits]
-        if self.id in ids:
-            raise FasteditError(f"{self!r} is on this model already")
-        theirs = {name: plain(side.memory.params[name]) for name in side.memory.settings}
-        ours = {name: self.params[name] for name in side.memory.settings}
-        if (theirs, side.memory.profile) != (ours, self.profile):
-            raise BaseMismatch(
-                f"the {self.method} memory at {side.name} has the settings {theirs} ({side.memory.profile}), the "
-                f"edit has {ours} ({self.profile}): make both alike, or revert what is there"
-            )
-        lost = [name for name in ids if name not in self.beneath]
-        if side.memory.whole_state and lost and not force:
-            raise FasteditError(
-                f"{self!r} holds the whole {self.method} memory and would replace {', '.join(lost)}, which it was "
-                "not trained on top of: revert those first"
-            )
-
     # -- on disk ------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -340,9 +322,39 @@ class MemoryEdit:
         raise cannot_merge([self])
 
 
+def require_compatible(edit: MemoryEdit, there: Sequence[MemoryEdit], force: bool) -> None:
+    """Make sure that an edit can join others of its method at its place.
+
+    Raises:
+        FasteditError: it is among them, or (unless ``force``) would replace some that it does not hold.
+        BaseMismatch: they have other settings.
+    """
+    from ..editors.memory_editor import memory_class
+
+    kind = memory_class(edit.method)
+    if any(other.id == edit.id for other in there):
+        raise FasteditError(f"{edit!r} is in this memory already")
+    for other in there[-1:]:
+        names = [name for name in kind.settings if other.params[name] != edit.params[name]]
+        if names or other.profile != edit.profile:
+            theirs, ours = (
+                {"profile": e.profile, **{name: e.params[name] for name in names}} for e in (other, edit)
+            )
+            raise BaseMismatch(
+                f"the {edit.method} memory beside {edit.base.weight} has the settings {theirs}, {edit!r} has {ours}: "
+                "make both alike, or revert what is there"
+            )
+    lost = [other.id for other in there if other.id not in edit.beneath]
+    if kind.whole_state and lost and not force:
+        raise FasteditError(
+            f"{edit!r} holds the whole {edit.method} memory and would replace {', '.join(lost)}, which it was not "
+            "trained on top of: revert those first"
+        )
+
+
 def cannot_merge(edits: Iterable[MemoryEdit]) -> FasteditError:
     """The error that says that memory edits cannot be exported as weights."""
-    named = ", ".join(repr(edit) for edit in edits)
+    named = ", ".join({edit.id: repr(edit) for edit in edits}.values())
     return FasteditError(
         f"{named}: a memory decides for each prompt whether it answers, so it cannot be merged into weights or a "
         "LoRA adapter. Save the model with fastedit.save_model(model, directory) and load it with fastedit.load_model"

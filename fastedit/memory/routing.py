@@ -20,7 +20,6 @@ token to the last.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -127,6 +126,7 @@ class Router:
         cache = given.get("past_key_values")
         known: dict[Key, Routes] = {}
         decided: dict[Key, Routes] = {}
+        mask = given.get("attention_mask")
         past = 0
         if isinstance(cache, (tuple, list)):
             if cache:
@@ -134,13 +134,15 @@ class Router:
         elif cache is not None:
             decided = routes_on(cache)
             known = dict(decided)
-            if any(side.key not in known for side in self.sides):
-                past = int(cache.get_seq_length())
+            if not known and mask is not None and not _is_plain(mask):
+                past = int(cache.get_seq_length())  # where this call's columns are in the mask
         if not known:
             self.last = {}
         size = (tokens.shape[0], tokens.shape[1])
-        mask = given.get("attention_mask")
-        self._calls[threading.get_ident()] = Call(size, mask, past, self.lengths, known, decided)
+        call = Call(size, mask, past, self.lengths, known, decided)
+        self._calls[threading.get_ident()] = call
+        for side in self.sides:
+            call.routes(side.key, side.memory)  # raises before any block runs
 
     @torch.compiler.disable
     def end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -200,7 +202,10 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
         model: the model.
         lengths: (B,); a call may have a multiple of B rows, each sample's side by side (beams).
     """
-    router = router_of(model)
+    try:
+        router = router_of(model)
+    except UnsupportedModel:
+        router = None
     if router is None:
         yield
         return
@@ -240,9 +245,14 @@ class _Routed:
             routes[key] = getattr(kept, change)(argument)
 
 
-@functools.cache
-def _routed(kind: type) -> type:
-    return type(kind.__name__, (_Routed, kind), {"__module__": kind.__module__})
+_routed: dict[type, type] = {}  # class of caches -> the same with _Routed mixed in
+
+
+def _follow_rows(cache: Any) -> None:
+    kind = type(cache)
+    if kind not in _routed:
+        _routed[kind] = type(kind.__name__, (_Routed, kind), {"__module__": kind.__module__})
+    cache.__class__ = _routed[kind]
 
 
 def routes_on(cache: Any) -> dict[Key, Routes]:
@@ -251,7 +261,7 @@ def routes_on(cache: Any) -> dict[Key, Routes]:
     if routes is None:
         routes = {}
         setattr(cache, _ROUTES, routes)
-        cache.__class__ = _routed(type(cache))
+        _follow_rows(cache)
     return routes
 
 
@@ -262,6 +272,10 @@ def forget_routes(cache: Any) -> None:
 
 
 # ------------------------------------------------------------------ masks
+
+
+def _is_plain(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def real_tokens(mask: Any, size: tuple[int, int], past: int, device: torch.device) -> Tensor:

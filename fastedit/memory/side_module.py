@@ -48,8 +48,8 @@ class SideModule:
         call = self.router.call
         if call is None or not self.enabled:
             return None
-        outputs = output.reshape(*call.size, -1)
-        inputs = args[0].reshape(*call.size, -1).to(outputs.device)
+        outputs = output.reshape(*call.size, self.memory.d_out)
+        inputs = args[0].reshape(*call.size, self.memory.d_in).to(outputs.device)
         routes = call.routes(self.key, self.memory)
         tokens = None
         if routes is None:

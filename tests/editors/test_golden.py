@@ -10,7 +10,7 @@ from golden import PARAMS_OF_CASE, GoldenCase, find_cases, load_case
 from helpers import relative_error
 
 import fastedit
-from fastedit.editors import methods
+from fastedit.editors import editor_class, methods
 from fastedit.editors.alphaedit import null_space
 from fastedit.editors.locate_then_edit import LayerMeasurement, LocateThenEdit
 from fastedit.editors.restraint import rect
@@ -44,6 +44,8 @@ def case(request: pytest.FixtureRequest) -> GoldenCase:
     found = load_case(request.param)
     if found.method not in methods():
         pytest.skip(f"fastedit has no method {found.method!r} yet")
+    if not issubclass(editor_class(found.method), LocateThenEdit):
+        pytest.skip("not a locate-then-edit method: compared in its own test file")
     return found
 
 
