@@ -24,7 +24,9 @@ def published(case: GoldenCase) -> PublishedWise:
     model.set_attn_implementation("eager")
     n = int(np.prod(case.data["weight_shape"]))
     masks = [torch.from_numpy(np.unpackbits(case.arrays[f"mask_{j}_packed"])[:n].copy()) for j in range(4)]
-    return PublishedWise(model, tokenizer, {**case.hparams, "n_iter": 12}, case.data["context_templates"], masks)
+    return PublishedWise(
+        model, tokenizer, {**case.hparams, "n_iter": 12}, case.data["context_templates"], masks
+    )
 
 
 @pytest.mark.parametrize("shard", range(4))

@@ -105,7 +105,7 @@ def test_options_of_the_objective(change: dict[str, Any]) -> None:
     groups = [LOCAL[:2]] if "batch_size" in change else [[fact] for fact in LOCAL[:2]]
     assert len(editor.losses) == len(groups)
     for group, trace in zip(groups, editor.losses, strict=True):
-        losses, score = oracle.train(group, mask_of(editor), settings)
+        losses, _score = oracle.train(group, mask_of(editor), settings)
         torch.testing.assert_close(trace, losses, rtol=1e-4, atol=1e-5)
     state = editor.state
     assert state is not None
@@ -180,7 +180,11 @@ def test_the_official_profile_follows_the_published_loop(family: str) -> None:
         "densities": 1.0,
     }
     published = PublishedWise(model, tokenizer, hparams, CONTEXTS, masks)
-    facts = [LOCAL[0], replace(LOCAL[1], locality=" ".join(OTHERS)), LOCAL[2]]  # one is longer than any edit row
+    facts = [
+        LOCAL[0],
+        replace(LOCAL[1], locality=" ".join(OTHERS)),
+        LOCAL[2],
+    ]  # one is longer than any edit row
     editor.edit(facts)
     for number, fact in enumerate(facts):
         assert fact.locality is not None
@@ -234,9 +238,7 @@ def test_e_thresholds_of_both_endings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def score(editor: Wise, weight: torch.Tensor) -> float:
         with frozen(model):
-            fixed = FrozenRows(
-                editor.runner, LAYER, editor._training_rows([LOCAL[0]], 0), state.base.float()
-            )
+            fixed = FrozenRows(editor.runner, LAYER, editor._training_rows([LOCAL[0]], 0), state.base.float())
             return float(fixed.evaluate(weight, editor.margins).scores.mean())
 
     editor = make(model, replace(SETTINGS, steps=2))
@@ -284,9 +286,7 @@ def test_a_chat_template_wraps_the_prompt_only() -> None:
         rows = training_rows(
             tokenizer, LOCAL[:1], OTHERS[:1], RowOptions(["{}", "So. {}"], official, chat=True), None
         )
-        texts = [
-            tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(rows.ids, rows.mask, strict=True)
-        ]
+        texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(rows.ids, rows.mask, strict=True)]
         assert texts == [
             "<|user|>The capital of France is<|assistant|> Lyon",
             "<|user|>So. The capital of France is<|assistant|> Lyon",
@@ -300,7 +300,8 @@ def test_prefixes_are_sampled_once_and_hold_no_braces() -> None:
     )
     contexts = editor.contexts
     assert contexts == editor.contexts == sample_prefixes(editor.runner, editor.tokenizer, seed=0)
-    assert contexts[0] == "{}" and len(contexts) == 11
+    assert contexts[0] == "{}"
+    assert len(contexts) == 11
     assert all(context.count("{}") == 1 and context.endswith("{}") for context in contexts)
     assert contexts != sample_prefixes(editor.runner, editor.tokenizer, seed=1)
 
@@ -475,13 +476,14 @@ def _at_threshold(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_golden_run_reaches_what_the_published_one_reached(case: GoldenCase) -> None:
-    """All 20 edits: the same number of memories, merged weights of the same size and direction, facts as well kept."""
+    """All 20 edits: as many memories, merged weights of the same size and direction, facts as well kept."""
     editor, facts = published_editor(case)
     for start in range(0, 20, 5):
         editor.edit(facts[start : start + 5])
         for number, trace in enumerate(editor.losses, start):
             stored = case.tensor(f"loss_e{number}")
-            assert float(trace[-1, 1]) < 0.05 and float(stored[-1, 1]) < 0.05
+            assert float(trace[-1, 1]) < 0.05
+            assert float(stored[-1, 1]) < 0.05
     state = editor.state
     assert state is not None
     assert (len(state.merged), len(state.pending), len(state.side.facts)) == (1, 0, 0)
