@@ -339,7 +339,7 @@ def same_state(one: WiseState, other: WiseState) -> bool:
 @pytest.mark.parametrize("profile", ["clean", "official"])
 @pytest.mark.parametrize("retrieve", [False, True])
 def test_a_saved_edit_is_the_whole_memory(family: str, profile: str, retrieve: bool, tmp_path: Path) -> None:
-    """Merged memories, a waiting shard and the one in training come back bit for bit, and go on being trained alike."""
+    """Merged memories, a waiting shard and the one in training come back bit for bit, and are trained on alike."""
     model = tiny_model(family)
     editor = make(model, profile, retrieve=retrieve, save_freq=1, merge_freq=2, steps=3)
     facts = [*LOCAL, replace(LOCAL[0], prompt="The people of {} speak")]
