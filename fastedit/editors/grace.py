@@ -172,6 +172,11 @@ class GraceMemory(Memory):
     # -- reports ------------------------------------------------------------------------------------
 
     @property
+    def n_facts(self) -> int:
+        """Facts in it."""
+        return sum(len(edit.about["labels"]) for edit, _ in self._edits)
+
+    @property
     def n_entries(self) -> int:
         """Entries of the codebook."""
         return len(self.codebook)
@@ -203,7 +208,11 @@ class _Visit(NamedTuple):
 
 @register_editor("grace")
 class Grace(MemoryEditor):
-    """Adds facts to a codebook beside one projection; see the module."""
+    """Adds facts to a codebook beside one projection; see the module.
+
+    ``official`` keeps the published port's rules for labels (:class:`fastedit.memory.codebook.Rules`). Serving is the
+    same in all profiles: the prompt's last token asks, once.
+    """
 
     Params = GraceParams
     memory_class = GraceMemory
@@ -279,8 +288,13 @@ class Grace(MemoryEditor):
         return found_keys, torch.stack(outputs)
 
     def _cold(self, outputs: Tensor, memory: GraceMemory) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + memory.n_entries)
-        return torch.rand(outputs.shape, generator=generator).to(outputs.device)
+        """Each fact's own draw, the same whether facts come together or one after the other."""
+        first = memory.n_facts + self.seed * 1_000_003
+        draws = [
+            torch.rand(outputs.shape[1], generator=torch.Generator().manual_seed(first + i))
+            for i in range(len(outputs))
+        ]
+        return torch.stack(draws).to(outputs.device)
 
     # -- training -----------------------------------------------------------------------------------
 

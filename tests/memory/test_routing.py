@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -250,6 +251,14 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     with prompts(model, inputs["attention_mask"].sum(1)):
         assert generate(model, inputs).shape == (5, 5)
+
+
+def test_threads_have_routes_of_their_own() -> None:
+    model, _ = with_toy("llama")
+    expected = [generate(model, batch([prompt])) for prompt in PROMPTS]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda prompt: generate(model, batch([prompt])), PROMPTS * 2))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected * 2, strict=True))
 
 
 def test_no_samples() -> None:
