@@ -266,11 +266,11 @@ class Wise(MemoryEditor):
         state = memory.state.copy()
         state.given = self.masks
         watch, losses = Stopwatch(), []
-        groups = self._groups(facts, state)
+        groups, base = self._groups(facts, state), state.base.float()
         with progress(total=len(facts), desc="editing", unit="fact", show=self.progress) as bar:
             for group, group_rows in groups:
                 with watch.stage("prefix"):
-                    fixed = FrozenRows(self.runner, self.layer, group_rows, state.base.float())
+                    fixed = FrozenRows(self.runner, self.layer, group_rows, base)
                 with watch.stage("training"):
                     trace, score = self._train(group, fixed, state)
                 with watch.stage("merge"):
