@@ -34,6 +34,7 @@ _METHODS = {
     "ft": "fine_tune",
     "ft-l": "fine_tune",
     "ft-m": "fine_tune",
+    "wise": "wise",
     "grace": "grace",
     "defer": "defer",
 }
