@@ -47,6 +47,7 @@ from fastedit.cli.common import load_model
 from fastedit.data import Record, load_records
 from fastedit.editors.base import Editor, editor_class
 from fastedit.editors.locate_then_edit import LocateThenEdit
+from fastedit.editors.nse import Nse
 from fastedit.editors.params import resolve_params
 from fastedit.editors.prompts import fact_rows
 from fastedit.evaluation import Before, Evaluator
@@ -147,6 +148,7 @@ class Study:
         self.about["memit"] = self.params(Variant("memit"))  # which records are optimisable depends on it
         self._statistics: dict[int, Any] = {}
         self._before: Before | None = None
+        self._made_ahead: dict[str, Any] = {}
 
     # -- editors ------------------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Study:
         resolved = resolve_params(
             kind.params_file or kind.method, kind.Params, describe(model), params or None
         )
-        return fastedit.editor(
+        editor = fastedit.editor(
             variant.method,
             model,
             self.tokenizer,
@@ -179,6 +181,17 @@ class Study:
             statistics=self.statistics(resolved.layers),
             progress=False,
         )
+        if isinstance(editor, Nse):
+            self._give_targets(editor)
+        return editor
+
+    def _give_targets(self, editor: Nse) -> None:
+        """NSE's targets are those of the unedited model: they are made once for all runs with the same objective."""
+        objective = str(editor.objective())
+        if objective not in self._made_ahead:
+            editor.optimise_targets([record.fact for record in self.records])
+            self._made_ahead[objective] = editor.made_ahead
+        editor.made_ahead = dict(self._made_ahead[objective])
 
     def statistics(self, layers: Sequence[int]) -> dict[int, Any]:
         """Second moments of keys over the records' true sentences."""

@@ -70,7 +70,7 @@ class Nse(MemitCache):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._kept: dict[int, Tensor] | None = None
-        self._targets: dict[tuple[str, str], Values] = {}
+        self.made_ahead: dict[tuple[str, str], Values] = {}
         self.routes: dict[int, str] = {}
 
     # -- targets on the original weights ------------------------------------------------------------
@@ -81,20 +81,22 @@ class Nse(MemitCache):
         NSE's targets do not depend on earlier edits, so those of a whole run can be made ahead, in batches that
         fill the machine.
         """
-        checked = [fact for fact in validate_facts(facts) if (fact.text, fact.target) not in self._targets]
+        checked = [fact for fact in validate_facts(facts) if (fact.text, fact.target) not in self.made_ahead]
         if not checked:
             return
         with frozen(self.model):
             rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
             values = self._optimised(checked, rows)
         for index, fact in enumerate(checked):
-            self._targets[fact.text, fact.target] = values.select([index])
+            self.made_ahead[fact.text, fact.target] = values.select([index])
 
     def targets(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
         """Those made ahead, and the others on the original weights."""
-        missing = [i for i, fact in enumerate(facts) if (fact.text, fact.target) not in self._targets]
+        missing = [i for i, fact in enumerate(facts) if (fact.text, fact.target) not in self.made_ahead]
         found = {
-            i: self._targets[fact.text, fact.target] for i, fact in enumerate(facts) if i not in set(missing)
+            i: self.made_ahead[fact.text, fact.target]
+            for i, fact in enumerate(facts)
+            if i not in set(missing)
         }
         if missing:
             made = self._optimised([facts[i] for i in missing], [rows[i] for i in missing])
@@ -214,10 +216,10 @@ class Nse(MemitCache):
             original = self._kept.get(layer, stack_of(self.model).original(projection.weight_name))
             if original is not None:
                 tensors[f"original.{layer}"] = original
-        for number, values in enumerate(self._targets.values()):
+        for number, values in enumerate(self.made_ahead.values()):
             for name in _PARTS:
                 tensors[f"target.{number}.{name}"] = getattr(values, name)
-        return tensors, {**about, "targets": [list(key) for key in self._targets]}
+        return tensors, {**about, "targets": [list(key) for key in self.made_ahead]}
 
     def _load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         super()._load_state(tensors, about)
@@ -226,10 +228,10 @@ class Nse(MemitCache):
             for layer, projection in self._projections().items()
             if f"original.{layer}" in tensors
         }
-        self._targets = {}
+        self.made_ahead = {}
         for number, (text, target) in enumerate(about["targets"]):
             initial, shift, mlp, losses = (tensors[f"target.{number}.{name}"] for name in _PARTS)
-            self._targets[text, target] = Values(initial, shift, mlp, losses)
+            self.made_ahead[text, target] = Values(initial, shift, mlp, losses)
 
     # -- few neurons --------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def test_targets_made_ahead_are_part_of_the_state(tmp_path: Path) -> None:
     editor.save_state(tmp_path / "state")
     resumed = make("nse", copy.deepcopy(model), params=PARAMS["nse"])
     resumed.load_state(tmp_path / "state")
-    assert resumed._targets.keys() == editor._targets.keys()
+    assert resumed.made_ahead.keys() == editor.made_ahead.keys()
     editor.edit(FACTS)
     resumed.edit(FACTS)
     assert same_bits(resumed.model, bits(model))
