@@ -49,17 +49,23 @@ def null_space(second_moment: Tensor, threshold: float | None, layer: int) -> Pr
     """
     if not bool(second_moment.isfinite().all()):
         raise NumericalError(f"the statistics of layer {layer} are not finite: collect them again")
+    matrix = second_moment.double()
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return null_space_of(values, vectors, threshold, layer)
+
+
+def null_space_of(values: Tensor, vectors: Tensor, threshold: float | None, layer: int) -> Projector:
+    """As :func:`null_space`, from C's eigenvalues (d,), ascending, and eigenvectors (d, d), both float64."""
+    values = values.clamp(min=0)
     if threshold is None:
-        values = torch.linalg.eigvalsh(second_moment.double()).clamp(min=0)
         held = int((values.cumsum(0) <= _NULL_SHARE * values.sum()).sum())
         threshold = float(values[min(held, len(values) - 1)])
-    projector = Projector.from_second_moment(second_moment, threshold)
-    d, kept = len(second_moment), projector.dimension
+    projector = Projector.from_spectrum(values, vectors, threshold)
+    d, kept = len(values), projector.dimension
     if kept == 0:
-        largest = float(second_moment.diagonal().max())
         raise NumericalError(
-            f"layer {layer} has no direction with an eigenvalue below null_threshold {threshold:.3g} (its largest "
-            f"diagonal entry is {largest:.3g}): raise null_threshold"
+            f"layer {layer} has no direction with an eigenvalue below null_threshold {threshold:.3g} (its "
+            f"eigenvalues are {float(values[0]):.3g} to {float(values[-1]):.3g}): raise null_threshold"
         )
     if d - kept < _ALMOST_NOTHING * d:
         logger.warning(
@@ -115,10 +121,14 @@ class AlphaEdit(LocateThenEdit):
             if self._given is not None:
                 projector = stored_projector(self._given[layer].to(place), layer)
             else:
-                projector = null_space(moments[layer].to(place), self.params.null_threshold, layer)
+                projector = self.make_projector(moments[layer].to(place), layer)
             solver = RidgeSolver(projection.d_in, self.params.ridge, projector=projector)
             solvers[layer] = solver, InStep(solver)
         self._solvers = solvers
+
+    def make_projector(self, moment: Tensor, layer: int) -> Projector:
+        """P of a layer from its statistics; calibration shares their spectrum between settings."""
+        return null_space(moment, self.params.null_threshold, layer)
 
     def solve(self, measured: LayerMeasurement) -> tuple[Tensor, Tensor]:
         """R and X."""

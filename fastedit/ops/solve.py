@@ -638,6 +638,11 @@ class Projector:
         check.square("Projector.from_second_moment", second_moment=second_moment)
         matrix = second_moment.double()
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        return cls.from_spectrum(values, vectors, threshold)
+
+    @classmethod
+    def from_spectrum(cls, values: Tensor, vectors: Tensor, threshold: float) -> Projector:
+        """The same from C's eigenvalues (d,), ascending, and eigenvectors (d, d), as ``eigh`` gives them."""
         kept = int((values < threshold).sum())
         if 2 * kept <= len(values):
             return cls(vectors[:, :kept].contiguous(), removed=False)

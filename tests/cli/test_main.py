@@ -265,3 +265,43 @@ def test_demo_edits_shows_and_restores(
     assert value["scores"]["neighbour_kept"] >= 0.7
     assert value["perplexity"]["after"] < 1.5 * value["perplexity"]["before"]
     assert main(["demo", "--facts", "11"]) == 2
+
+
+def test_calibrate_writes_settings_that_edit_takes(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("France", "Italy", "Spain", "Norway", "Japan", "Peru")
+    facts, texts, out = tmp_path / "facts.json", tmp_path / "texts.txt", tmp_path / "found.json"
+    records = [{"prompt": "The capital of {} is", "subject": name, "target_new": "Lyon"} for name in names]
+    facts.write_text(json.dumps(records))
+    texts.write_text("It rains in Rome.\n\nThe law of the land is not what it was.\n")
+    before = digest(model_dir)
+    arguments = ["calibrate", str(model_dir), "--facts", str(facts), "--texts", str(texts), "--budget", "0"]
+    assert main([*arguments, "--limit", "4", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "2 facts kept back" in shown.out
+    assert f"--params {out} --stats" in shown.out
+    assert "searching on 4 facts" in shown.err
+    assert digest(model_dir) == before
+
+    assert main([*arguments, "--out", str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "2.json"), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["n_tried"]["edits"] == 1
+    assert value["params"] == json.loads(out.read_text())
+    edit = [
+        "edit",
+        str(model_dir),
+        "--facts",
+        str(facts),
+        "--params",
+        str(out),
+        "--stats",
+        value["statistics"],
+    ]
+    assert main([*edit, "--out", str(tmp_path / "edit"), "--set", "steps=3", "--json"]) == 0
+    assert (
+        main(["calibrate", str(model_dir), "--method", "ultraedit", "--out", str(tmp_path / "3.json")]) == 2
+    )
+    assert "locate-then-edit methods" in capsys.readouterr().err
