@@ -37,8 +37,8 @@ answer that are those of the unedited model; "still right": the true answer, by 
 is the more probable one (rewrite, paraphrase, neighbour). Generated: greedy free text equals the new answer; for
 locality, the unedited model's text. Perplexity and KL (nats, unedited to edited) are those of the text named above.
 Norms: Frobenius, all edited matrices together. Collapsed: runs in which the method broke, and after how many edits;
-they are scored as they were left. Set aside: facts that the method itself refused. Seconds per edit: NSE's targets, all
-made ahead on the unedited model, are not counted. Scores in percent; mean ± standard deviation over orders.
+they are scored as they were left. Set aside: facts that the method itself refused. Seconds per edit: NSE's targets,
+all made ahead on the unedited model, are not counted. Scores in percent; mean ± standard deviation over orders.
 """
 
 

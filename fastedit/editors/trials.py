@@ -28,6 +28,7 @@ from .alphaedit import null_space_of
 from .locate_then_edit import Factors, LayerMeasurement, LocateThenEdit
 from .prompts import FactRows
 from .stopwatch import Stopwatch
+from .sweep import PromptSweep
 from .values import ValueObjective, Values, optimise_values
 
 _PARAPHRASES, _NEIGHBOURS = 2, 3  # of a fact, at most
@@ -392,9 +393,10 @@ class OnShared(LocateThenEdit):
         parts: Factors,
         watch: Stopwatch,
         described: list[dict[str, Any]],
+        entry: PromptSweep | None = None,
     ) -> dict[int, Tensor]:
         """The method's; keys that are remembered have λ in them too."""
-        keys = super().write(rows, values, parts, watch, described)
+        keys = super().write(rows, values, parts, watch, described, entry)
         return {layer: found / self._root for layer, found in keys.items()}
 
 
