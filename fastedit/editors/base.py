@@ -33,6 +33,7 @@ _METHODS = {
     "ultraedit": "ultraedit",
     "grace": "grace",
     "defer": "defer",
+    "serac": "serac",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 
