@@ -13,7 +13,20 @@ from .._version import __version__
 from ..errors import FasteditError
 
 # Every verb is the file of the same name in this folder, with add_parser(subparsers) and run(args) -> int.
-VERBS = ("demo", "edit", "eval", "apply", "revert", "list", "show", "export", "stats", "bench", "info")
+VERBS = (
+    "demo",
+    "edit",
+    "eval",
+    "apply",
+    "revert",
+    "list",
+    "show",
+    "export",
+    "stats",
+    "train",
+    "bench",
+    "info",
+)
 
 _EPILOG = """\
 examples:

@@ -144,7 +144,7 @@ class TextEncoder:
         return torch.cat(parts)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), verbose=False)["input_ids"]  # type: ignore[no-any-return]
+        return self.tokenizer(list(texts), verbose=False)["input_ids"]
 
 
 def pool(states: Tensor, tokens: Tensor, pooling: str) -> Tensor:

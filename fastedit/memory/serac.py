@@ -133,13 +133,13 @@ def require_same_vocabulary(model: nn.Module, tokenizer: Any, other: nn.Module, 
     sizes = text_config(model).vocab_size, text_config(other).vocab_size
     if sizes[0] != sizes[1]:
         raise FasteditError(
-            f"the counterfactual model has {sizes[1]} tokens, the base model {sizes[0]}: it must have the base model's "
-            "vocabulary, since its logits take the place of the base model's"
+            f"the counterfactual model has {sizes[1]} tokens, the base model {sizes[0]}: it must have the base "
+            "model's vocabulary, since its logits take the place of the base model's"
         )
     if tokenizer is not None and theirs is not None and tokenizer.get_vocab() != theirs.get_vocab():
         raise FasteditError(
-            "the counterfactual model's tokenizer has other tokens than the base model's: it must have the base model's "
-            "vocabulary, since its logits take the place of the base model's"
+            "the counterfactual model's tokenizer has other tokens than the base model's: it must have the base "
+            "model's vocabulary, since its logits take the place of the base model's"
         )
 
 
@@ -510,7 +510,8 @@ class SeracSide(SideModule):
         out = self._run(ids, mask, talk.cache, keep)
         if keep:
             talk.cache, talk.mask, talk.seen = out.past_key_values, mask, call.past + call.size[1]
-        return out.logits[:, -call.size[1] :]  # type: ignore[no-any-return]
+        logits: Tensor = out.logits
+        return logits[:, -call.size[1] :]
 
     def _follow(self, talk: Conversation, slots: Tensor, past: int) -> None:
         """Bring the conversation's rows and columns to those of the base model's cache."""
@@ -532,7 +533,8 @@ class SeracSide(SideModule):
         limit = describe(model).context_length
         if limit is not None and mask.shape[1] > limit and int(mask.sum(1).max()) > limit:
             raise ValueError(
-                f"edit and text take {int(mask.sum(1).max())} tokens, the counterfactual model's context holds {limit}"
+                f"edit and text take {int(mask.sum(1).max())} tokens, the counterfactual model's context holds "
+                f"{limit}"
             )
         more: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
         if "position_ids" in inspect.signature(model.forward).parameters:
