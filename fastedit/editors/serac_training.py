@@ -289,7 +289,7 @@ class _Learner(nn.Module):
             if size > _LARGEST_COPY:
                 raise ValueError(
                     f"the base model has {size:,} parameters, too many to train a copy of it: name the folder of a "
-                    "small model with its vocabulary as the counterfactual model, or 'base' to use the base model untrained"
+                    "small model with its vocabulary as the counterfactual model, or 'base' for the base model itself"
                 )
             found: Any = copy.deepcopy(model)
         else:
@@ -391,9 +391,9 @@ class _Learner(nn.Module):
         loss = self.settings.bce_weight * bce + self.settings.nll_weight * nll
         half = torch.log(torch.tensor(2.0))
         parts = {
-            "loss": float(loss),
-            "nll": float(nll),
-            "bce": float(bce),
+            "loss": float(loss.detach()),
+            "nll": float(nll.detach()),
+            "bce": float(bce.detach()),
             "accuracy_inside": float((positive.detach().cpu() < half).float().mean()),
             "accuracy_outside": float((negative.detach().cpu() >= half).float().mean())
             if len(negative)
