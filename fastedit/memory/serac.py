@@ -34,7 +34,7 @@ from ..models.tokens import pad_batch
 from ..ops.key_index import KeyIndex
 from .base import Decision, Memory, Routes
 from .edit import MemoryEdit
-from .routing import Call, Key, Router, _put_on_cache, router_at
+from .routing import Call, Key, Router, _put_on_cache, router_at, routers_of
 from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, pool, trained_settings
 from .side_module import SideModule, find_side
 
@@ -539,7 +539,12 @@ class SeracSide(SideModule):
         more: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
         if "position_ids" in inspect.signature(model.forward).parameters:
             more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return model(input_ids=ids, attention_mask=mask, use_cache=keep, return_dict=True, **more)
+        routers = routers_of(self.model)
+        noted = [router.last for router in routers]
+        out = model(input_ids=ids, attention_mask=mask, use_cache=keep, return_dict=True, **more)
+        for router, last in zip(routers, noted, strict=True):
+            router.last = last  # reports are about the samples, not about what the counterfactual model read
+        return out
 
     def counterfactual(self, device: torch.device) -> nn.Module:
         """The model that answers, on this device."""

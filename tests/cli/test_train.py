@@ -41,7 +41,7 @@ def test_train_then_edit_then_generate(
     report = json.loads(capsys.readouterr().out)
     assert (report["steps"], report["method"]) == (4, "serac")
     assert main([*train, *quick]) == 1  # it is there
-    assert "choose a new one" in capsys.readouterr().err
+    assert "choose a new folder" in capsys.readouterr().err
     edited = str(tmp_path / "edited")
     edit = ["edit", model, "--fact", "The capital of {France} is -> Lyon", "--method", "serac", "--json"]
     where = ["--out", str(tmp_path / "edit"), "--save-model", edited, "--device", "cpu"]
