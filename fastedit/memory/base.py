@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from ..models.describe import Projection
     from .edit import MemoryEdit
 
 RouteScope = Literal["prefill", "per_call"]
@@ -102,6 +103,9 @@ class Memory(ABC):
         self.d_in, self.d_out = d_in, d_out
         self.params, self.profile, self.seed = dict(params), profile, seed
         self.version = 0
+
+    def attached_to(self, model: nn.Module, projection: Projection, layer: int) -> None:  # noqa: B027
+        """Called before anything is added: where it stands. Most memories need not know."""
 
     # -- serving ------------------------------------------------------------------------------------
 

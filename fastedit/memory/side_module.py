@@ -151,6 +151,7 @@ def attach(model: nn.Module, layer: int | None, memory: Memory) -> SideModule:
             f"the memory is for a projection from {memory.d_in} to {memory.d_out}, {projection.name} maps "
             f"{projection.d_in} to {projection.d_out}"
         )
+    memory.attached_to(model, projection, layer)
     router = router_of(model, make=True)
     assert router is not None
     side = SideModule(memory, layer, projection.name, router)
