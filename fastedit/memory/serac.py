@@ -34,7 +34,7 @@ from ..models.tokens import pad_batch
 from ..ops.key_index import KeyIndex
 from .base import Decision, Memory, Routes
 from .edit import MemoryEdit
-from .routing import Call, Key, Router, _put_on_cache, router_at, routers_of
+from .routing import Call, Key, Router, _put_on_cache, prompts, router_at, routers_of
 from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, pool, trained_settings
 from .side_module import SideModule, find_side
 
@@ -507,7 +507,11 @@ class SeracSide(SideModule):
             self._follow(talk, routes.payload[rows], call.past)
             routes.payload[rows] = torch.arange(len(rows), device=routes.payload.device)
             mask = torch.cat((talk.mask, mask), 1)
-        out = self._run(ids, mask, talk.cache, keep)
+        beyond = call.tokens("all", ids.device)[rows] & ~call.tokens("prompt", ids.device)[rows]
+        with prompts(
+            self.model, mask.sum(1) - beyond.sum(1)
+        ):  # for other memories, if the base model answers
+            out = self._run(ids, mask, talk.cache, keep)
         if keep:
             talk.cache, talk.mask, talk.seen = out.past_key_values, mask, call.past + call.size[1]
         logits: Tensor = out.logits
