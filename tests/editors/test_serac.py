@@ -387,7 +387,7 @@ def test_damaged_content_is_refused() -> None:
 
 def test_prompts_longer_than_the_encoder(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, editor, _ = edited(classifier=encoder)
-    long = Fact("The " * 31 + "{} is", "Rome", "old")
+    long = Fact("The " * 24 + "{} is", "Rome", "old")
     with pytest.raises(InvalidFact, match="encoder holds 48"):
         editor.edit([long])
     assert editor.side.memory.n_entries == 3
