@@ -157,11 +157,7 @@ def make_editor(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     from ..io import read_json
 
     params = dict(read_json(args.params)) if args.params else {}
-    for setting in args.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set wants NAME=VALUE, got {setting!r}")
-        params[name.strip().replace("-", "_")] = _value(name.strip(), value)
+    params.update(setting_values(args.set))
     options: dict[str, Any] = {"profile": args.profile, "seed": args.seed}
     if issubclass(editor_class(args.method), LocateThenEdit):
         options["on_known"] = args.on_known
@@ -170,6 +166,17 @@ def make_editor(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     elif args.stats or args.on_known != "warn":
         raise ValueError(f"{args.method} uses neither --stats nor --on-known")
     return editor(args.method, model, tokenizer, params=params or None, **options)
+
+
+def setting_values(settings: Sequence[str]) -> dict[str, Any]:
+    """Hyper-parameters from ``NAME=VALUE`` arguments."""
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set wants NAME=VALUE, got {setting!r}")
+        found[name.strip().replace("-", "_")] = _value(name.strip(), value)
+    return found
 
 
 def _value(name: str, text: str) -> Any:

@@ -24,6 +24,7 @@ VERBS = (
     "export",
     "stats",
     "calibrate",
+    "train",
     "bench",
     "info",
 )

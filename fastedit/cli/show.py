@@ -77,11 +77,15 @@ def _show_memory(edit: MemoryEdit, args: argparse.Namespace) -> None:
     )
     print(
         f"made on model {edit.base.fingerprint}, seed {edit.seed}, {size_text(edit.size_bytes)}\n"
-        f"a memory beside {edit.base.weight} ({edit.base.shape[0]} x {edit.base.shape[1]}, {edit.base.dtype}); "
-        "no weight is changed\n"
+        f"a memory beside {_place(edit)}; no weight is changed\n"
     )
     print(_facts(edit, None if args.facts else _FEW))
     print(_measured(edit))
+
+
+def _place(edit: MemoryEdit) -> str:
+    size = f" ({edit.base.shape[0]} x {edit.base.shape[1]}, {edit.base.dtype})"
+    return edit.place + ("" if edit.layer is None else size)
 
 
 def _measured(edit: Edit | MemoryEdit) -> str:

@@ -37,6 +37,7 @@ _METHODS = {
     "wise": "wise",
     "grace": "grace",
     "defer": "defer",
+    "serac": "serac",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -305,10 +305,10 @@ class MemoryEditor(Editor):
 
 def memory_class(method: str) -> type[Memory]:
     """The memory of a method."""
-    kind = editor_class(method)
-    if not issubclass(kind, MemoryEditor):
+    kind: type[Memory] | None = getattr(editor_class(method), "memory_class", None)
+    if kind is None:
         raise ValueError(f"{method} is no memory editor")
-    return kind.memory_class
+    return kind
 
 
 def memory_for(edit: MemoryEdit, projection: Projection) -> Memory:

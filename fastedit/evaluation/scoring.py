@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from ..memory.serac import answers
 from ..models import (
     ModelDescription,
     describe,
@@ -115,7 +116,10 @@ class Forward:
         return self.description.embeddings if self.description else self.model
 
     def step(self, rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[Tensor, Tensor]:
-        """Hidden states (or logits, for a model without description) of padded rows, and the mask."""
+        """Hidden states of padded rows, and the mask.
+
+        For a model without description, and one whose memory answers for the whole model, logits instead.
+        """
         ids, mask, positions = (t.to(self.device) for t in pad_batch(rows, pad, side))
         return self.run(ids, mask, positions, use_cache=False)[0], mask
 
@@ -126,12 +130,15 @@ class Forward:
         if self.description is None:
             more.pop("use_cache", None)
             return self.model(input_ids=ids, attention_mask=mask, **more).logits, None
+        if answers(self.model):
+            out = self.model(input_ids=ids, attention_mask=mask, **more)
+            return out.logits, getattr(out, "past_key_values", None)
         out = self._body(input_ids=ids, attention_mask=mask, **more)
         return out.last_hidden_state, getattr(out, "past_key_values", None)
 
     def logits(self, states: Tensor) -> Iterator[Tensor]:
         """Logits (rows, vocabulary) of ``states`` (rows, ...) in float32 or better, a chunk at a time."""
-        if self.description is None:
+        if self.description is None or answers(self.model):
             yield from (part.float() for part in states.split(max(1, _MAX_LOGITS // states.shape[-1])))
             return
         size = getattr(self.description.head, "out_features", None) or 1 << 17

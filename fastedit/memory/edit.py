@@ -23,7 +23,7 @@ from ..artefacts.storage import MEMORY_FORMAT, seal, unseal
 from ..errors import BaseMismatch, CorruptFile, FasteditError
 from ..facts import Fact
 from ..io import atomic_directory, read_json
-from ..models.describe import describe, unwrap
+from ..models.describe import ModelDescription, Projection, describe, unwrap
 from ..models.fingerprint import fingerprint, weight_digest
 
 VERSION = 1
@@ -49,9 +49,9 @@ class Base:
     dtype: str
 
     @classmethod
-    def of(cls, model: nn.Module, layer: int) -> Base:
-        """The present state of a model and its block ``layer``."""
-        projection = describe(model).projection(layer)
+    def of(cls, model: nn.Module, layer: int | None) -> Base:
+        """The present state of a model and its block ``layer``; the last block if a memory has none."""
+        projection = projection_of(describe(model), layer)
         weight = projection.weight
         return cls(
             fingerprint(model),
@@ -62,14 +62,19 @@ class Base:
         )
 
 
+def projection_of(description: ModelDescription, layer: int | None) -> Projection:
+    """The projection by which the model of an edit is recognised: its block's, or the last block's."""
+    return description.projection(description.n_layers - 1 if layer is None else layer)
+
+
 @dataclass(eq=False)
 class MemoryEdit:
-    """A batch of facts in a memory beside one projection.
+    """A batch of facts in a memory beside one projection, or beside the whole model.
 
     Attributes:
         method: name of the editing method.
         facts: the batch.
-        layer: the block whose output projection it stands beside.
+        layer: the block whose output projection it stands beside; None if it answers for the whole model.
         tensors: what was learned, by name, on the CPU; None once a later edit has carried it on.
         about: what else the method keeps of it; anything JSON can hold.
         params: the method's hyper-parameters.
@@ -84,7 +89,7 @@ class MemoryEdit:
 
     method: str
     facts: list[Fact]
-    layer: int
+    layer: int | None
     tensors: dict[str, Tensor] | None
     about: dict[str, Any]
     params: dict[str, Any]
@@ -153,6 +158,11 @@ class MemoryEdit:
         self.tensors = None
 
     @property
+    def place(self) -> str:
+        """What the memory stands beside, in words."""
+        return "the whole model" if self.layer is None else self.base.weight
+
+    @property
     def weight_names(self) -> list[str]:
         """The weights it changes: none."""
         return []
@@ -189,7 +199,7 @@ class MemoryEdit:
 
     def __repr__(self) -> str:
         count = f"{len(self.facts)} fact{'s' * (len(self.facts) != 1)}"
-        return f"MemoryEdit({self._id or 'new'}: {self.method}, {count}, beside {self.base.weight})"
+        return f"MemoryEdit({self._id or 'new'}: {self.method}, {count}, beside {self.place})"
 
     # -- on a model ---------------------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ class MemoryEdit:
         side = find_side(model, self.layer, self.method)
         fresh = side is None
         if side is None:
-            side = attach(model, self.layer, memory_for(self, describe(model).projection(self.layer)))
+            side = attach(model, self.layer, memory_for(self, projection_of(describe(model), self.layer)))
         try:
             require_compatible(self, side.edits, force)
             side.push(self)
@@ -275,11 +285,11 @@ class MemoryEdit:
 
     def _check_base(self, model: nn.Module, force: bool) -> None:
         description = describe(model)
-        if self.layer >= description.n_layers:
+        if self.layer is not None and self.layer >= description.n_layers:
             raise BaseMismatch(
                 f"{self!r} is for block {self.layer}, the model has blocks 0 to {description.n_layers - 1}"
             )
-        projection = description.projection(self.layer)
+        projection = projection_of(description, self.layer)
         shape = (projection.d_out, projection.d_in)
         if shape != self.base.shape:
             raise BaseMismatch(
@@ -345,7 +355,7 @@ def require_compatible(edit: MemoryEdit, there: Sequence[MemoryEdit], force: boo
                 {"profile": e.profile, **{name: e.params[name] for name in names}} for e in (other, edit)
             )
             raise BaseMismatch(
-                f"the {edit.method} memory beside {edit.base.weight} has the settings {theirs}, {edit!r} has {ours}: "
+                f"the {edit.method} memory beside {edit.place} has the settings {theirs}, {edit!r} has {ours}: "
                 "make both alike, or revert what is there"
             )
     lost = [other.id for other in there if other.id not in edit.beneath]

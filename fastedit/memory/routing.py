@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FasteditError, UnsupportedModel
-from ..models.describe import describe
+from ..models.describe import describe, unwrap
 from .base import Memory, Routes, RouteTokens
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Call:
         self.size, self.past = size, past
         self.known = known  # before this call
         self.decided = decided  # where routes are put; the cache's own, if there is a cache
+        self.noted: dict[str, Any] = {}  # what a memory keeps for the end of this call
         self._mask, self._lengths = mask, lengths
 
     def routes(self, key: Key, memory: Memory) -> Routes | None:
@@ -149,11 +150,13 @@ class Router:
     def end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Forward hook; a cache that the decoder made itself gets the routes."""
         call = self._calls.pop(threading.get_ident(), None)
-        cache = getattr(out, "past_key_values", None)
-        if call is None or cache is None or isinstance(cache, (tuple, list)):
-            return
-        if not getattr(cache, _ROUTES, None):
-            routes_on(cache).update(call.decided)
+        if call is not None:
+            _put_on_cache(call, getattr(out, "past_key_values", None))
+
+    def hook(self, module: nn.Module) -> None:
+        """Follow the calls of a module."""
+        module.register_forward_pre_hook(self.begin, with_kwargs=True)
+        module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
 
     # -- reports ------------------------------------------------------------------------------------
 
@@ -166,30 +169,40 @@ class Router:
 def router_of(model: nn.Module, *, make: bool = False) -> Router | None:
     """The router of a model's decoder, if it has one; ``make`` puts one there."""
     decoder = describe(model).decoder
-    for hook in decoder._forward_pre_hooks.values():
-        if isinstance(found := getattr(hook, "__self__", None), Router):
-            return found
-    if not make:
-        return None
-    router = Router(decoder)
-    decoder.register_forward_pre_hook(router.begin, with_kwargs=True)
-    decoder.register_forward_hook(router.end, with_kwargs=True, always_call=True)
+    router = router_at(decoder)
+    if router is None and make:
+        router = Router(decoder)
+        router.hook(decoder)
     return router
 
 
-def remove_router(model: nn.Module) -> None:
-    """Take the router's hooks off the decoder."""
-    decoder = describe(model).decoder
-    for hooks in (decoder._forward_pre_hooks, decoder._forward_hooks):
-        for number, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Router):
-                del hooks[number]
-                for flags in (
-                    decoder._forward_pre_hooks_with_kwargs,
-                    decoder._forward_hooks_with_kwargs,
-                    decoder._forward_hooks_always_called,
-                ):
-                    flags.pop(number, None)
+def routers_of(model: nn.Module) -> list[Router]:
+    """The routers of a model: its decoder's, and that of the memories that answer for the whole model."""
+    found = (router_at(module) for module in (describe(model).decoder, unwrap(model)))
+    return [router for router in found if router is not None]
+
+
+def router_at(module: nn.Module) -> Router | None:
+    """The router whose hooks are on this very module."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(found := getattr(hook, "__self__", None), Router):
+            return found
+    return None
+
+
+def unhook(model: nn.Module, owner: object) -> None:
+    """Take the hooks that are methods of ``owner`` off all modules of a model."""
+    for module in unwrap(model).modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is owner:
+                    del hooks[number]
+                    for flags in (
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                    ):
+                        flags.pop(number, None)
 
 
 @contextlib.contextmanager
@@ -204,18 +217,17 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
         lengths: (B,); a call may have a multiple of B rows, each sample's side by side (beams).
     """
     try:
-        router = router_of(model)
+        routers = routers_of(model)
     except UnsupportedModel:
-        router = None
-    if router is None:
-        yield
-        return
-    before = router.lengths
-    router.lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        routers = []
+    before = [router.lengths for router in routers]
+    for router in routers:
+        router.lengths = torch.as_tensor(lengths, dtype=torch.int64)
     try:
         yield
     finally:
-        router.lengths = before
+        for router, was in zip(routers, before, strict=True):
+            router.lengths = was
 
 
 # ------------------------------------------------------------------ routes on a cache
@@ -264,6 +276,13 @@ def routes_on(cache: Any) -> dict[Key, Routes]:
         setattr(cache, _ROUTES, routes)
         _follow_rows(cache)
     return routes
+
+
+def _put_on_cache(call: Call, cache: Any) -> None:
+    """Give a cache that the call itself made, if it made one, the routes that were decided in the call."""
+    if cache is not None and not isinstance(cache, (tuple, list)):
+        routes = routes_on(cache)
+        routes.update({key: kept for key, kept in call.decided.items() if key not in routes})
 
 
 def forget_routes(cache: Any) -> None:

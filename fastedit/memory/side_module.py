@@ -19,7 +19,7 @@ from ..errors import FasteditError
 from ..models.describe import describe
 from .base import Memory, Routes
 from .edit import MemoryEdit
-from .routing import Key, Router, remove_router, router_of
+from .routing import Key, Router, router_of, routers_of, unhook
 
 
 class SideModule:
@@ -27,12 +27,12 @@ class SideModule:
 
     Attributes:
         memory: the method's part.
-        layer: the block.
+        layer: the block; None for a memory that answers for the whole model.
         name: dotted name of the projection.
         edits: oldest first.
     """
 
-    def __init__(self, memory: Memory, layer: int, name: str, router: Router) -> None:
+    def __init__(self, memory: Memory, layer: int | None, name: str, router: Router) -> None:
         self.memory, self.layer, self.name, self.router = memory, layer, name, router
         self.edits: list[MemoryEdit] = []
         self.enabled = True
@@ -123,23 +123,26 @@ class SideModule:
 
 def sides_of(model: nn.Module) -> list[SideModule]:
     """The memories of a model, in the order they were attached; empty if it has none."""
-    router = router_of(model)
-    return [] if router is None else list(router.sides)
+    return [side for router in routers_of(model) for side in router.sides]
 
 
-def find_side(model: nn.Module, layer: int, method: str) -> SideModule | None:
-    """The memory of a method at a block's projection, if the model has it."""
+def find_side(model: nn.Module, layer: int | None, method: str) -> SideModule | None:
+    """The memory of a method at a block's projection (None: of the whole model), if the model has it."""
     return next((s for s in sides_of(model) if s.layer == layer and s.memory.method == method), None)
 
 
-def attach(model: nn.Module, layer: int, memory: Memory) -> SideModule:
-    """Put a memory beside the output projection of block ``layer``.
+def attach(model: nn.Module, layer: int | None, memory: Memory) -> SideModule:
+    """Put a memory beside the output projection of block ``layer``; None puts one beside the whole model.
 
     Raises:
         IndexError: no such block.
         FasteditError: a memory of this method is there already.
         ValueError: the memory is for a projection of another shape.
     """
+    if layer is None:
+        from .serac import attach_to_model
+
+        return attach_to_model(model, memory)
     projection = describe(model).projection(layer)
     if find_side(model, layer, memory.method) is not None:
         raise FasteditError(f"{projection.name} has a {memory.method} memory already")
@@ -159,22 +162,19 @@ def attach(model: nn.Module, layer: int, memory: Memory) -> SideModule:
 
 def detach(model: nn.Module, side: SideModule) -> None:
     """Take a memory off a model; without any the model is exactly as it was before the first."""
-    module = describe(model).projection(side.layer).module
-    for number, hook in list(module._forward_hooks.items()):
-        if getattr(hook, "__self__", None) is side:
-            del module._forward_hooks[number]
+    unhook(model, side)
     side.router.sides.remove(side)
     if not side.router.sides:
-        remove_router(model)
+        unhook(model, side.router)
 
 
 def route_info(model: nn.Module) -> list[list[dict[str, Any]]]:
     """What the last prefill decided.
 
     Returns:
-        For every sample a list with an entry per memory: ``layer``, ``method``, ``route`` (None for the base
-        projection), ``edit`` (id of the edit behind it, where it belongs to one) and ``score`` (a distance, a gate;
-        None if the method has none).
+        For every sample a list with an entry per memory: ``layer`` (None for the whole model), ``method``, ``route``
+        (None where the base model serves), ``edit`` (id of the edit behind it, where it belongs to one) and ``score``
+        (a distance, a gate; None if the method has none).
     """
     rows: list[list[dict[str, Any]]] = []
     for side in sides_of(model):
