@@ -41,7 +41,7 @@ LAYERS = {"gpt2-small-shape": (3, 4, 5, 6, 7), "demo": (0, 1, 2)}
 COLUMNS = (
     "model", "method", "batch", "earlier_edits", "facts_per_s", "official_facts_per_s", "speedup", "difference",
     "targets_s", "keys_s", "solve_s", "apply_s", "official_targets_s", "official_keys_s", "official_solve_s",
-    "official_apply_s", "solve_speedup", "state_mb", "official_state_mb",
+    "official_apply_s", "solve_speedup", "route", "state_mb", "official_state_mb",
 )  # fmt: skip
 
 
@@ -206,8 +206,7 @@ def measure(name: str, method: str, batch: int, options: argparse.Namespace) -> 
             f"{name} {method}: the changes of the weights differ by {found:.2g}: nothing was timed"
         )
     ours, official = Ours(*given), Official(*given)
-    ours.edit(facts[-2:])  # pages, threads, factors of the history
-    ours = Ours(*given)
+    ours.edit(facts[-2:])  # pages, threads, earlier keys appended to the factors
     taken = timed(ours, [facts[i : i + batch] for i in range(0, len(facts), batch)])
     few = facts[: options.official_facts]
     taken_officially = timed(official, [few[i : i + batch] for i in range(0, len(few), batch)])
@@ -223,6 +222,7 @@ def measure(name: str, method: str, batch: int, options: argparse.Namespace) -> 
     # a solve is per batch, and the last batch of fewer facts costs the published way as much as a full one
     solves = -(-len(facts) // batch), -(-len(few) // batch)
     theirs = official.seconds.get("solve", 0.0) + official.seconds.get("state", 0.0)
+    row["route"] = " ".join(sorted(set(getattr(ours.editor, "routes", {}).values())))
     row["solve_speedup"] = (theirs / solves[1]) / max(ours.seconds.get("solve", 0.0) / solves[0], 1e-9)
     return row
 

@@ -27,6 +27,7 @@ _METHODS = {
     "memit": "memit",
     "memit-cache": "memit_cache",
     "emmet": "emmet",
+    "pmet": "pmet",
     "alphaedit": "alphaedit",
     "nse": "nse",
     "ultraedit": "ultraedit",

@@ -256,6 +256,7 @@ class LocateThenEdit(Editor):
         parts: Factors,
         watch: Stopwatch,
         described: list[dict[str, Any]],
+        entry: PromptSweep | None = None,
     ) -> dict[int, Tensor]:
         """Write the values into the layers, from the lowest up, by :meth:`solve`.
 
@@ -265,6 +266,7 @@ class LocateThenEdit(Editor):
             parts: by weight name, the factors of each update; appended to.
             watch: takes the times.
             described: by fact, what is reported about it; may be added to.
+            entry: all prompts at the entry of the first layer, if they were run already; moved on.
 
         Returns:
             By layer, (d_in, n) fp32: the facts' keys under the weights written, for :attr:`history`.
@@ -272,8 +274,8 @@ class LocateThenEdit(Editor):
         layers = self.params.layers
         found = {}
         with watch.stage("keys"):
-            sweep = PromptSweep(self.runner, [prompt for row in rows for prompt in row.prompts], layers[0])
-            bare = PromptSweep(self.runner, [row.prompts[0] for row in rows], layers[0])
+            sweep = self._entry(rows) if entry is None else entry
+            bare = sweep.branch(range(0, sweep.rows, len(rows[0].prompts)))
         weights = self.key_weights(len(rows[0].prompts))
         for index, layer in enumerate(layers):
             place = self.description.projection(layer).weight.device
@@ -292,6 +294,12 @@ class LocateThenEdit(Editor):
                 self._add(layer, left, right, parts)
             found[layer] = measured.keys
         return found
+
+    def _entry(self, rows: Sequence[FactRows]) -> PromptSweep:
+        """All prompts of the facts, fact by fact, at the entry of the first edited layer."""
+        return PromptSweep(
+            self.runner, [prompt for row in rows for prompt in row.prompts], self.params.layers[0]
+        )
 
     def _add(self, layer: int, left: Tensor, right: Tensor, parts: Factors) -> None:
         """Add left rightᵀ to the layer's weight and remember the factors."""

@@ -71,6 +71,7 @@ class Nse(MemitCache):
         super().__init__(*args, **options)
         self._kept: dict[int, Tensor] | None = None
         self._targets: dict[tuple[str, str], Values] = {}
+        self.routes: dict[int, str] = {}
 
     # -- targets on the original weights ------------------------------------------------------------
 
@@ -156,6 +157,7 @@ class Nse(MemitCache):
         parts: Factors,
         watch: Stopwatch,
         described: list[dict[str, Any]],
+        entry: PromptSweep | None = None,
     ) -> dict[int, Tensor]:
         """Sweep over the layers until every fact is in place, or the sweeps are used up."""
         params = self.params
@@ -165,13 +167,21 @@ class Nse(MemitCache):
         if params.tolerance is not None:
             near = [params.tolerance] * len(rows)
         keys: dict[int, Tensor] = {}
+        with watch.stage("keys"):  # no sweep changes what is below the first layer
+            entry = self._entry(rows) if entry is None else entry
+        contexts = len(rows[0].prompts)
         for sweep in range(sweeps + 1):
             with watch.stage("keys"):
-                distance = self._distance(rows, values)
+                bare = entry.branch(range(0, entry.rows, contexts))
+                distance = (values.target - bare.outputs(params.layers[-1])).norm(dim=1)
             active = [i for i, far in enumerate(distance.tolist()) if near[i] < far < upper]
             if not active or sweep == sweeps:
                 break
-            keys = super().write([rows[i] for i in active], values.select(active), parts, watch, described)
+            with watch.stage("keys"):
+                theirs = entry.branch([i * contexts + context for i in active for context in range(contexts)])
+            keys = super().write(
+                [rows[i] for i in active], values.select(active), parts, watch, described, theirs
+            )
             for i in active:
                 described[i]["sweeps"] = sweep + 1
         for i, far in enumerate(distance.tolist()):
@@ -182,20 +192,11 @@ class Nse(MemitCache):
                 logger.warning("a fact is left out: %s", described[i]["left_out"])
         whole = all(each["sweeps"] == 1 for each in described) and len(keys) > 0
         with watch.stage("keys"):
-            return keys if whole else self._keys(rows)
+            return keys if whole else self._keys(entry, contexts)
 
-    def _distance(self, rows: Sequence[FactRows], values: Values) -> Tensor:
-        """(n,) ‖z − h‖ on the weights as they are."""
-        layers = self.params.layers
-        bare = PromptSweep(self.runner, [row.prompts[0] for row in rows], layers[0])
-        return (values.target - bare.outputs(layers[-1])).norm(dim=1)
-
-    def _keys(self, rows: Sequence[FactRows]) -> dict[int, Tensor]:
-        """By layer, (d_in, n): keys on the weights as they are."""
-        weights = self.key_weights(len(rows[0].prompts))
-        sweep = PromptSweep(
-            self.runner, [prompt for row in rows for prompt in row.prompts], self.params.layers[0]
-        )
+    def _keys(self, sweep: PromptSweep, contexts: int) -> dict[int, Tensor]:
+        """By layer, (d_in, n): keys on the weights as they are; the sweep is moved on."""
+        weights = self.key_weights(contexts)
         found = {}
         for layer in self.params.layers:
             sweep.advance(layer)
@@ -238,7 +239,9 @@ class Nse(MemitCache):
             return super().solve(measured)
         neurons = self.neurons(measured.keys)
         right = torch.zeros_like(measured.keys, dtype=torch.float64)
-        right[neurons] = self.current(measured.layer).restricted(measured.keys, neurons)
+        factor = self.current(measured.layer)
+        right[neurons] = factor.restricted(measured.keys, neurons)
+        self.routes[measured.layer] = factor.route(len(neurons), measured.keys.shape[1])
         return measured.residual, right
 
     def neurons(self, keys: Tensor) -> Tensor:

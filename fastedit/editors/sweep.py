@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models.runner import BlockCalls, BlockRunner
 from ..models.tokens import TokenizedPrompt, pad_batch
@@ -43,10 +44,31 @@ class PromptSweep:
     def __init__(self, runner: BlockRunner, prompts: Sequence[TokenizedPrompt], layer: int = 0) -> None:
         self.runner = runner
         self.layer = 0
+        self._prompts = list(prompts)
         longest = max(len(prompt.ids) for prompt in prompts)
-        size = max(1, _TOKENS_PER_CHUNK // longest)
-        self._chunks = [self._chunk(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+        self._size = max(1, _TOKENS_PER_CHUNK // longest)
+        self._chunks = [self._chunk(prompts[i : i + self._size]) for i in range(0, len(prompts), self._size)]
         self.advance(layer)
+
+    @property
+    def rows(self) -> int:
+        """Number of prompts."""
+        return len(self._prompts)
+
+    @torch.no_grad()
+    def branch(self, rows: Sequence[int]) -> PromptSweep:
+        """A sweep over some of the rows, in the order given, that goes on from here by itself."""
+        other = PromptSweep(self.runner, [self._prompts[row] for row in rows])
+        for number, chunk in enumerate(other._chunks):
+            here = [self._row(row) for row in rows[number * other._size :][: other._size]]
+            chunk.states = pad_sequence(here, batch_first=True)
+        other.layer = self.layer
+        return other
+
+    def _row(self, row: int) -> Tensor:
+        """(tokens, hidden) states of one row."""
+        chunk, place = divmod(row, self._size)
+        return self._chunks[chunk].states[place, : len(self._prompts[row].ids)]
 
     def _chunk(self, prompts: Sequence[TokenizedPrompt]) -> _Chunk:
         padded = pad_batch([prompt.ids for prompt in prompts], pad_id=0)
@@ -79,6 +101,20 @@ class PromptSweep:
             for chunk in self._chunks
         ]
         return torch.cat(states).float().to(self.runner.device)
+
+    @torch.no_grad()
+    def projected(self, layer: int) -> Tensor:
+        """(rows, d_out) fp32: what block ``layer``'s output projection puts out at the subject's last token.
+
+        The blocks from the current one up to it are run with the weights they have now.
+        """
+        projection = self.runner.description.projection(layer).module
+        outputs = []
+        for chunk in self._chunks:
+            states = self.runner.run(chunk.calls, chunk.states, self.layer, layer)
+            keys = chunk.at_last(self.runner.projection_input(chunk.calls, states, layer))
+            outputs.append(projection(keys))
+        return torch.cat(outputs).float().to(self.runner.device)
 
 
 def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:

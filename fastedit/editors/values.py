@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..facts import Fact
@@ -133,7 +133,7 @@ def optimise_values(
         torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64),
     )
     with progress(total=n, desc="optimising targets", unit="fact", show=show_progress) as bar:
-        for chosen in _micro_batches(runner, rows, objective, micro_batch):
+        for chosen in micro_batches(runner, rows, objective, micro_batch):
             _optimise_together(runner, facts, rows, chosen, objective, values)
             bar.update(len(chosen))
     return values
@@ -198,12 +198,12 @@ def _optimise_together(
     for step in range(objective.steps):
         delta = shift[live].requires_grad_()
         with torch.enable_grad():
-            nll, log_p = _forward(runner, batch, delta, objective)
+            nll, divergence, log_p = _forward(
+                runner, batch, delta, objective, None if reference is None else reference[live]
+            )
             if reference is None:
-                reference = log_p.detach()
-            kl = objective.kl_factor * F.kl_div(
-                reference[live], log_p, log_target=True, reduction="none"
-            ).sum(1)
+                reference = log_p
+            kl = objective.kl_factor * divergence
             decay = objective.weight_decay * delta.norm(dim=1) / scale[live] ** 2
             loss = nll + kl + decay
             now = torch.stack((loss, nll, kl, decay), 1).detach().double()
@@ -214,7 +214,7 @@ def _optimise_together(
             if last or (step % 4 == 0 and bool(done.all())):
                 break
             (gradient,) = torch.autograd.grad(loss.sum(), delta)
-        moved = _adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
+        moved = adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
         norm = moved.norm(dim=1)
         limit = objective.clamp * scale[live]
         moved = torch.where((norm > limit)[:, None], moved * (limit / norm)[:, None], moved)
@@ -236,7 +236,7 @@ def _optimise_together(
     values.losses[chosen] = losses
 
 
-def _adam_step(
+def adam_step(
     value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], live: Tensor, step: int, lr: float
 ) -> Tensor:
     """One step of Adam on rows ``live`` (Kingma and Ba 2015), moments updated in place."""
@@ -261,10 +261,10 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
     # Indexing copies, which matters: some models add to these tensors in place further on.
     def keep_block(_module: object, _args: object, out: Tensor | tuple[Tensor, ...]) -> None:
         hidden = out[0] if isinstance(out, tuple) else out
-        seen["block"] = _at(hidden, columns)
+        seen["block"] = at_columns(hidden, columns)
 
     def keep_mlp(_module: object, _args: object, out: Tensor) -> None:
-        seen["mlp"] = _at(out.reshape(*ids.shape, -1), starts[:, None])[:, 0]
+        seen["mlp"] = at_columns(out.reshape(*ids.shape, -1), starts[:, None])[:, 0]
 
     description = runner.description
     hooks = [(description.blocks[layer], keep_block), (description.projection(layer).module, keep_mlp)]
@@ -273,7 +273,7 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
     return _Recorded(torch.gather(ids, 1, columns), lengths, starts, seen["block"], seen["mlp"], prefix)
 
 
-def _at(hidden: Tensor, columns: Tensor) -> Tensor:
+def at_columns(hidden: Tensor, columns: Tensor) -> Tensor:
     """Hidden (rows, length, d) at columns (rows, m): a copy (rows, m, d)."""
     columns = columns.to(hidden.device)
     return hidden[torch.arange(len(columns), device=hidden.device)[:, None], columns]
@@ -343,22 +343,61 @@ def _has_post_norm(runner: BlockRunner, objective: ValueObjective) -> bool:
 
 
 def _forward(
-    runner: BlockRunner, batch: _Rows, delta: Tensor, objective: ValueObjective
-) -> tuple[Tensor, Tensor]:
-    """Per-fact negative log-likelihood (n,), and log-probabilities at the neutral prompt (n, vocabulary)."""
+    runner: BlockRunner, batch: _Rows, delta: Tensor, objective: ValueObjective, reference: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per fact: negative log-likelihood (n,), KL (n,) and log-probabilities (n, vocabulary) at the neutral prompt."""
     rows, length, _ = batch.states.shape
     moved = batch.states[:, 0].float() + _reaching(runner, batch, delta, objective)
     hidden = torch.cat((moved.to(batch.states.dtype)[:, None], batch.states[:, 1:]), 1)
     out = runner.run(batch.calls, hidden, objective.layer + 1, runner.description.n_layers)
     wanted = torch.cat((batch.scored, batch.neutral)).to(out.device)
-    logits = runner.logits(out.reshape(rows * length, -1)[wanted])
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    split = len(batch.scored)
-    picked = log_p[:split].gather(1, batch.token.to(out.device)[:, None])[:, 0]
+    logits = runner.logits(out.reshape(rows * length, -1)[wanted]).float()
+    if reference is not None:
+        reference = reference.to(logits.device)
+    picked, divergence, log_p = _TokenLosses.apply(logits, batch.token.to(logits.device), reference)
     nll = torch.zeros(len(delta), device=picked.device).index_add(
-        0, batch.owner.to(picked.device), -picked * batch.weight.to(picked.device)
+        0, batch.owner.to(picked.device), picked * batch.weight.to(picked.device)
     )
-    return nll.to(delta.device), log_p[split:].to(delta.device)
+    return nll.to(delta.device), divergence.to(delta.device), log_p.to(delta.device)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """-log p of tokens, and KL(p ‖ reference), in one buffer.
+
+    ``logits`` is overwritten, first by the probabilities, then by its own gradient.
+
+    The first rows of ``logits`` (rows, vocabulary) fp32 are scored at ``token``; the others are compared with
+    ``reference``, log-probabilities of the same rows (None: with themselves, so that the KL is zero). Differentiable
+    once. A vocabulary is large: log_softmax, gather and kl_div would allocate and fill it four times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, token: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(token)
+        log_p = logits[n:].log_softmax(1)
+        of_token = logits[:n].gather(1, token[:, None])[:, 0]
+        largest = logits.amax(1)
+        total = logits.sub_(largest[:, None]).exp_().sum(1)
+        nll = largest[:n] + total[:n].log() - of_token
+        excess = torch.zeros_like(log_p) if reference is None else log_p - reference
+        kl = (log_p.exp() * excess).sum(1)
+        ctx.save_for_backward(token, total, excess, kl)
+        ctx.exponentials = logits
+        ctx.mark_non_differentiable(log_p)
+        return nll, kl, log_p
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_nll: Tensor, of_kl: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        token, total, excess, kl = ctx.saved_tensors
+        n = len(token)
+        # With p = exponentials / total: d nll = p - onehot(token), d KL = p (log p - reference - KL).
+        gradient = ctx.exponentials.mul_((torch.cat((of_nll, of_kl)) / total)[:, None])
+        gradient[:n].scatter_add_(1, token[:, None], -of_nll[:, None])
+        gradient[n:].mul_(excess - kl[:, None])
+        return gradient, None, None
 
 
 def _reaching(runner: BlockRunner, batch: _Rows, delta: Tensor, objective: ValueObjective) -> Tensor:
@@ -385,7 +424,7 @@ def _mlp_contribution(runner: BlockRunner, mlp: Tensor, objective: ValueObjectiv
     return (mlp if norm is None else norm(mlp)).float() * runner.description.residual_scale
 
 
-def _micro_batches(
+def micro_batches(
     runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective, size: int | None
 ) -> list[list[int]]:
     """Positions of facts to optimise together, those with suffixes of like length in one batch.

@@ -16,6 +16,18 @@ from .table import ROWS, Paths, Row
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Paths inside a block of the attention's output projection; the first that exists is it.
+ATTENTION_OUTPUTS = (
+    "self_attn.o_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "self_attention.dense",
+    "attention.dense",
+    "attn.c_proj",
+    "attn.out_proj",
+    "attn.attention.out_proj",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -125,6 +137,22 @@ class ModelDescription:
             raise UnsupportedModel(f"the block {self.block_names[layer]} has no {self.output_path}")
         transposed, d_in, d_out = _orientation(_innermost(module), name)
         return Projection(name, module, transposed, d_in, d_out)
+
+    def attention_projection(self, layer: int) -> nn.Module:
+        """The attention output projection of block ``layer``: its output is what the attention computes.
+
+        Raises:
+            IndexError: no such block.
+            UnsupportedModel: the block has none at a conventional path.
+        """
+        block = self.blocks[self._checked(layer)]
+        path = _first_path(block, ATTENTION_OUTPUTS)
+        if path is None:
+            raise UnsupportedModel(
+                f"the attention's output projection of {self.block_names[layer]} was not found: looked for "
+                f"{', '.join(ATTENTION_OUTPUTS)}; its parts are {[name for name, _ in block.named_children()]}"
+            )
+        return block.get_submodule(path)
 
     def parameter(self, weight_name: str) -> nn.Parameter:
         """The weight of the projection with this checkpoint name, also where an adapter wraps it.

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20  # elements converted at a time
 _JITTER = 1e-12
 _MOST_REFINEMENT = 1e-6  # relative error of a kept inverse, which a step of refinement squares
+_CG_STEPS, _CG_TOLERANCE = 40, 1e-10
 _REBUILD = 50  # batches after which an inverse that was updated is computed afresh
 
 
@@ -447,9 +448,7 @@ class CovarianceFactor:
     def restricted(self, keys: Tensor, selected: Tensor, ridge: float = 1.0) -> Tensor:
         """X_S (s, n), float64: :meth:`regularised` for an update whose columns outside S stay zero (NSE).
 
-        X_S = B (ridge·I + K_SᵀB)⁻¹ with B = A_SS⁻¹K_S. B comes from the Cholesky factor of A_SS, s³/3
-        operations, or, where few neurons u are left out, from the whole factor by Schur's identity
-        A_SS⁻¹ = (A⁻¹)_SS − (A⁻¹)_SU ((A⁻¹)_UU)⁻¹ (A⁻¹)_US, 2d²(n + u) + u³/3; whichever takes fewer.
+        X_S = B (ridge·I + K_SᵀB)⁻¹ with B = A_SS⁻¹K_S, by the way that :meth:`route` names.
 
         Args:
             keys: (d, n) K; rows outside S are not used.
@@ -469,22 +468,65 @@ class CovarianceFactor:
         if int(inside.sum()) != len(selected):
             raise ValueError("CovarianceFactor.restricted: selected must hold each index once")
         s, n = len(selected), keys.shape[1]
-        u = self.d - s
         inner = keys[selected].double()
-        if self._by_gathering(s, u, n):
-            solved = self._solve_gathered(inner, selected)
-        else:
+        route = self.route(s, n)
+        solved = self._solve_by_iteration(inner, selected) if route == "iterated" else None
+        if route == "complement":
             solved = self._solve_by_complement(keys, selected, (~inside).nonzero()[:, 0])
+        if solved is None:
+            solved = self._solve_gathered(inner, selected)
         system = inner.T @ solved
         system.diagonal().add_(ridge)
         return _divide(solved, system)
 
-    def _by_gathering(self, s: int, u: int, n: int) -> bool:
-        """Whether the Cholesky factor of A_SS takes fewer operations than Schur's identity."""
+    def route(self, s: int, n: int) -> str:
+        """How :meth:`restricted` solves for n keys and s of the d neurons: the way that takes fewest operations.
+
+        ``"gathered"``: the Cholesky factor of A_SS, s³/3. ``"complement"``: where few neurons u are left out, the
+        whole factor and Schur's identity A_SS⁻¹ = (A⁻¹)_SS − (A⁻¹)_SU ((A⁻¹)_UU)⁻¹ (A⁻¹)_US, 2d²(n + u) + u³/3.
+        ``"iterated"``: for few keys of a large layer, conjugate gradients with (A⁻¹)_SS as preconditioner, counted as
+        if all its steps were needed; if these do not reach a relative residual of 1e-10, the system is gathered after
+        all.
+        """
+        u = self.d - s
+        with_whole = 2 * self.d**2 + 4 * self.d * self.rank  # one solve with the whole factor
         product = s * s * self.rank + (2 * s * s * self.d if self._matrix is None else 0)
-        gathered = product + s**3 / 3 + 2 * s * s * n
-        complement = (2 * self.d**2 + 4 * self.d * self.rank) * (n + u) + u**3 / 3
-        return gathered <= complement
+        costs = {
+            "gathered": product + s**3 / 3 + 2 * s * s * n,
+            "complement": with_whole * (n + u) + u**3 / 3,
+        }
+        if self._matrix is not None:
+            costs["iterated"] = _CG_STEPS * (with_whole + 2 * s * s + 4 * s * self.rank) * n
+        return min(costs, key=lambda name: costs[name])
+
+    def _solve_by_iteration(self, inner: Tensor, selected: Tensor) -> Tensor | None:
+        """A_SS⁻¹ inner by conjugate gradients (Hestenes and Stiefel 1952), each column its own; None if too slow."""
+        assert self._matrix is not None
+        system = gather_square(self._matrix, selected)
+        kept = self._appended()[selected] if self.rank else None
+
+        def precondition(rest: Tensor) -> Tensor:
+            padded = torch.zeros((self.d, rest.shape[1]), dtype=torch.float64, device=rest.device)
+            padded[selected] = rest
+            return self._solve_with_appended(padded)[selected]
+
+        solved, rest = torch.zeros_like(inner), inner.clone()
+        direction = ahead = precondition(rest)
+        size = (rest * ahead).sum(0)
+        limit = _CG_TOLERANCE * inner.norm(dim=0)
+        for _ in range(_CG_STEPS):
+            image = system @ direction
+            if kept is not None:
+                image += kept @ (kept.T @ direction)
+            step = size / (direction * image).sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+            solved += step * direction
+            rest -= step * image
+            if bool((rest.norm(dim=0) <= limit).all()):
+                return solved
+            ahead = precondition(rest)
+            size, before = (rest * ahead).sum(0), size
+            direction = ahead + size / before.clamp_min(torch.finfo(torch.float64).tiny) * direction
+        return None
 
     def _solve_gathered(self, inner: Tensor, selected: Tensor) -> Tensor:
         if self._matrix is not None:

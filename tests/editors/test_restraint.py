@@ -31,7 +31,7 @@ def test_reference_norm_leaves_out_the_largest_twentieth() -> None:
     assert reference_norm(torch.diag(torch.tensor([1.0] * 19 + [1000.0]))) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit", "nse", "rome"])
+@pytest.mark.parametrize("method", ["memit", "pmet", "alphaedit", "nse", "rome"])
 def test_a_norm_anchor_holds_for_every_method_with_targets(method: str) -> None:
     model = tiny_model("llama")
     params = {**PARAMS, "layers": (1,)} if method == "rome" else dict(PARAMS)

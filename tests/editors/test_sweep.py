@@ -23,7 +23,7 @@ CONTEXTS = ["{}", "The thing. {}"]
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
-def test_sweep_equals_whole_passes_after_each_edit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_5_sweep_equals_whole_passes_after_each_edit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "_TOKENS_PER_CHUNK", 16)
     model = tiny_model(family)
     runner = BlockRunner(model)
@@ -42,6 +42,23 @@ def test_sweep_equals_whole_passes_after_each_edit(family: str, monkeypatch: pyt
             torch.testing.assert_close(sweep.outputs(2), states, rtol=1e-4, atol=1e-4)
             noise = torch.randn(projection.weight.shape, generator=generator)
             projection.weight.data += 0.1 * noise
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_a_branch_goes_on_by_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "_TOKENS_PER_CHUNK", 16)
+    model = tiny_model(family)
+    runner = BlockRunner(model)
+    prompts = [row for fact in fact_rows(tiny_tokenizer(), FACTS, CONTEXTS, None) for row in fact.prompts]
+    with frozen(model):
+        sweep = PromptSweep(runner, prompts, 1)
+        branch = sweep.branch([4, 1, 0])
+        branch.advance(2)
+        expected = PromptSweep(runner, prompts, 2).keys()[[4, 1, 0]]
+        torch.testing.assert_close(branch.keys(), expected, rtol=1e-4, atol=1e-5)
+        assert (sweep.layer, branch.layer) == (1, 2)
+        torch.testing.assert_close(sweep.keys(), PromptSweep(runner, prompts, 1).keys(), rtol=1e-4, atol=1e-5)
 
 
 def test_weighted_mean_weighs_contexts_within_each_fact() -> None:

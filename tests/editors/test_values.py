@@ -34,7 +34,7 @@ def run(model: Any, objective: ValueObjective, facts: list[Fact], **options: Any
 
 @pytest.mark.parametrize("at_mlp", [False, True], ids=["block", "mlp"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_targets_equal_the_plain_loop(family: str, at_mlp: bool) -> None:
+def test_4_targets_equal_the_plain_loop(family: str, at_mlp: bool) -> None:
     model = tiny_model(family)
     objective = ValueObjective(layer=0, at_mlp=at_mlp, steps=6, lr=0.3, clamp=2.0, stop_loss=0.5)
     rows, values = run(model, objective, FACTS)
@@ -49,7 +49,7 @@ def test_targets_equal_the_plain_loop(family: str, at_mlp: bool) -> None:
         assert (values.target[index] - initial - shift).norm() < 1e-3 * scale
 
 
-def test_facts_stop_on_their_own_and_leave_the_batch() -> None:
+def test_4_facts_stop_on_their_own_and_leave_the_batch() -> None:
     """With a generous threshold facts stop at different steps; those that stay are not disturbed."""
     model = tiny_model("llama")
     _, unstopped = run(model, ValueObjective(layer=0, steps=25, clamp=4.0, stop_loss=0.0), FACTS)

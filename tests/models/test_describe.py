@@ -106,6 +106,24 @@ def test_final_norm_of_last_block_is_last_hidden_state(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_attention_projection_ends_the_attention(family):
+    """It is the last linear layer of the part of the block that is called attention, and that part's output."""
+    model = shared_model(family)
+    description = describe(model)
+    for layer, block in enumerate(description.blocks):
+        (attention,) = (
+            child
+            for name, child in block.named_children()
+            if "att" in name and any(parameter.dim() == 2 for parameter in child.parameters())
+        )
+        _, (inner, outer) = forward(model, description.attention_projection(layer), attention)
+        assert inner.output.shape == (*IDS.shape, HIDDEN)
+        assert torch.equal(inner.output, outer.output)
+    with pytest.raises(IndexError, match=f"0 to {LAYERS - 1}"):
+        description.attention_projection(LAYERS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
 def test_residual_stream_adds_mlp_output(family, layer):
     """Block output = input + attention + scale · norm(MLP output), with attention seen apart from the MLP."""

@@ -68,7 +68,7 @@ CASES = [
 
 @tokenizers
 @pytest.mark.parametrize(("template", "subject"), CASES)
-def test_subject_last_agrees_with_official_formula(name, template, subject):
+def test_6_subject_last_agrees_with_the_official_formula(name, template, subject):
     tokenizer = load(name)
     prompt = tokenize_prompt(tokenizer, template, subject)
     end = template.index("{}") + len(subject)

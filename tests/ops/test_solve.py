@@ -172,18 +172,43 @@ def test_restricted_solve_is_that_of_the_submatrix(
     selected = order[left_out:]
     inner, inside = keys[selected], metric[selected][:, selected]
     expected = torch.linalg.solve(inside + inner @ inner.T, inner)
-    for by_gathering in (True, False):
-        factor._by_gathering = lambda *_, route=by_gathering: route
+    for route in ("gathered", "complement", *(["iterated"] if "keep_matrix" in form else [])):
+        factor.route = lambda *_, route=route: route
         thin = factor.restricted(keys, selected)
         assert thin.shape == (120 - left_out, 6)
         if left_out < 120:
             assert_same_update(thin, expected, inside, inner)
 
 
-def test_the_route_of_a_restricted_solve_is_that_of_fewer_operations() -> None:
+def test_the_route_of_a_restricted_solve_is_that_of_fewest_operations() -> None:
     factor = CovarianceFactor(covariance(60, 1e2), keep_matrix=True)
-    assert factor._by_gathering(20, 40, 2)
-    assert not factor._by_gathering(59, 1, 2)
+    assert factor.route(20, 2) == "gathered"
+    assert factor.route(59, 2) == "complement"
+    assert CovarianceFactor(covariance(800, 1e2), keep_matrix=True).route(720, 1) == "iterated"
+    assert CovarianceFactor(covariance(800, 1e2)).route(720, 1) != "iterated"
+
+
+@pytest.mark.parametrize(("condition", "left_out"), [(1e2, 20), (1e9, 100)], ids=["easy", "hard"])
+@pytest.mark.parametrize("appended", [0, 9])
+def test_iterated_solves_reach_the_tolerance_or_are_given_up(
+    condition: float, left_out: int, appended: int
+) -> None:
+    matrix = covariance(300, condition)
+    factor = CovarianceFactor(matrix, keep_matrix=True)
+    metric = matrix.clone()
+    if appended:
+        earlier = seen_keys(matrix, appended, seed=3)
+        factor.append(earlier)
+        metric += earlier @ earlier.T
+    selected = torch.randperm(300, generator=torch.Generator().manual_seed(0))[left_out:]
+    inside, keys = metric[selected][:, selected], random(300 - left_out, 3, dtype=FP64)
+    keys[:, 2] = 0
+    solved = factor._solve_by_iteration(keys, selected)
+    if condition > 1e3:
+        assert solved is None
+    else:
+        assert solved is not None
+        assert relative_error(inside @ solved, keys) < 1e-10
 
 
 def test_restricted_refuses_wrong_indices() -> None:
