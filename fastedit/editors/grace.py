@@ -172,6 +172,11 @@ class GraceMemory(Memory):
     # -- reports ------------------------------------------------------------------------------------
 
     @property
+    def n_facts(self) -> int:
+        """Facts in it."""
+        return sum(len(edit.about["labels"]) for edit, _ in self._edits)
+
+    @property
     def n_entries(self) -> int:
         """Entries of the codebook."""
         return len(self.codebook)
@@ -279,8 +284,13 @@ class Grace(MemoryEditor):
         return found_keys, torch.stack(outputs)
 
     def _cold(self, outputs: Tensor, memory: GraceMemory) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + memory.n_entries)
-        return torch.rand(outputs.shape, generator=generator).to(outputs.device)
+        """Each fact's own draw, the same whether facts come together or one after the other."""
+        first = memory.n_facts + self.seed * 1_000_003
+        draws = [
+            torch.rand(outputs.shape[1], generator=torch.Generator().manual_seed(first + i))
+            for i in range(len(outputs))
+        ]
+        return torch.stack(draws).to(outputs.device)
 
     # -- training -----------------------------------------------------------------------------------
 

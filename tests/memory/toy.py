@@ -82,7 +82,10 @@ def add_toy(model: Any, layer: int, method: str = "toy", **options: Any) -> Side
     with torch.no_grad():
         model(**batch())
     low, _, middle, _, high = side.router.last[side.key].score.sort().values.tolist()
-    memory.cuts = ((low + middle) / 2, (middle + high) / 2)  # some prompts are routed here, some there, some not
+    memory.cuts = (
+        (low + middle) / 2,
+        (middle + high) / 2,
+    )  # some prompts are routed here, some there, some not
     memory.calls.clear()
     memory.applied.clear()
     return side
