@@ -33,6 +33,8 @@ _METHODS = {
     "ultraedit": "ultraedit",
     "grace": "grace",
     "defer": "defer",
+    "t-patcher": "t_patcher",
+    "melo": "melo",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 
