@@ -1,8 +1,8 @@
 """T-Patcher the way its published code works, to measure against and to compare results with.
 
 Every step runs the whole network, clones the projection's weight to put the patches beside it, and puts one-row
-memories together anew. Only what a layer and its weight are called comes from fastedit. The published code widens both
-matrices of an MLP without a gate; to serve gated ones as well the key's side is a product of its own here.
+memories together anew. Only what a layer and its weight are called comes from fastedit. The published code widens
+both matrices of an MLP without a gate; to serve gated ones as well the keys' side is a product of its own here.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class PlainTPatcher:
         factors = torch.full(own.shape, s.amplify).requires_grad_()
         trained = [keys, bias, values, factors]
         optimiser = torch.optim.Adam(trained, lr=s.lr, weight_decay=s.weight_decay)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=1, threshold=0.05)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, factor=0.5, patience=1, threshold=0.05
+        )
 
         def run(memories: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, bool]:
             with self.patched(keys, bias, values * factors) as seen:

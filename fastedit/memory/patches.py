@@ -62,9 +62,9 @@ class Patches:
         """Add patches: keys (m, d), bias (m,), values (m, d)."""
         n, m = len(self), len(bias)
         if n + m > len(self._bias):
-            room = max(_FIRST_ROOM, n, m)
+            room = max(_FIRST_ROOM, 2 * len(self._bias), n + m)
             self._keys, self._bias, self._values = (
-                torch.cat((t[:n], t.new_empty(room, *t.shape[1:])))
+                torch.cat((t[:n], t.new_empty(room - n, *t.shape[1:])))
                 for t in (self._keys, self._bias, self._values)
             )
         for buffer, new in ((self._keys, keys), (self._bias, bias), (self._values, values)):
