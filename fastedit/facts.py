@@ -20,9 +20,11 @@ class Fact:
         target_new: the answer to write, with or without its leading space.
         target_old: the present answer, if known.
         case_id: the record's name in its data set, kept for reports.
+        locality: an unrelated text that the edit must leave alone, such as a question with its answer; editors
+            that learn where an edit applies train on it.
 
     Raises:
-        InvalidFact: no or several ``{}``; empty subject or target; the old and new targets are equal.
+        InvalidFact: no or several ``{}``; empty subject, target or locality; the old and new targets are equal.
     """
 
     prompt: str
@@ -30,6 +32,7 @@ class Fact:
     target_new: str
     target_old: str | None = None
     case_id: str | int | None = None
+    locality: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -47,6 +50,10 @@ class Fact:
             raise InvalidFact(f"the target is empty: {self.text!r}")
         if self.target_old is not None and self.target_old.strip() == self.target_new.strip():
             raise InvalidFact(f"the new target equals the old one: {self.text!r} -> {self.target_new!r}")
+        if self.locality is not None and not (isinstance(self.locality, str) and self.locality.strip()):
+            raise InvalidFact(
+                f"locality must be text that is not empty, or None, got {self.locality!r}: {self.text!r}"
+            )
 
     @property
     def text(self) -> str:
@@ -133,5 +140,5 @@ def _from_mapping(item: Mapping[str, Any]) -> Fact:
     missing = [name for name in ("prompt", "subject", "target_new") if name not in item]
     if missing:
         raise InvalidFact(f"the field(s) {', '.join(missing)} are missing; it has {sorted(item)}")
-    known = {name: item[name] for name in ("target_old", "case_id") if item.get(name) is not None}
+    known = {name: item[name] for name in ("target_old", "case_id", "locality") if item.get(name) is not None}
     return Fact.from_filled(item["prompt"], item["subject"], item["target_new"], **known)

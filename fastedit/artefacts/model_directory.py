@@ -326,10 +326,10 @@ class ModelDirectory:
             *self.record.headers.values(),
             self.record.index,
         }
-        _remove_others(self.store / "originals", keep)
-        _remove_others(self.store / "edits", {edit["id"] for edit in self.record.edits})
+        remove_others(self.store / "originals", keep)
+        remove_others(self.store / "edits", {edit["id"] for edit in self.record.edits})
         if not self.record.edits:
-            _remove_others(self.store, set())
+            remove_others(self.store, set())
             with contextlib.suppress(OSError):
                 self.store.rmdir()
 
@@ -422,7 +422,8 @@ def set_dtype(config: Path, dtype: str) -> None:
     atomic_write_json(config, content)
 
 
-def _remove_others(folder: Path, keep: set[str]) -> None:
+def remove_others(folder: Path, keep: set[str]) -> None:
+    """Remove what is in a folder but for the names to keep, and the folder if nothing is left."""
     if not folder.is_dir():
         return
     for item in folder.iterdir():

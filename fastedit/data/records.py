@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, overload
 
 from ..facts import Fact
@@ -64,8 +64,13 @@ class Record:
 
     @property
     def facts(self) -> list[Fact]:
-        """All facts of the record, in the order in which they are edited."""
-        return [self.fact, *(fact for fact, _ in self.more)]
+        """All facts of the record, in the order in which they are edited, with a text that they must leave alone."""
+        facts = [self.fact, *(fact for fact, _ in self.more)]
+        item = next((items[0] for items in self.locality.values() if items), None)
+        if item is None:
+            return facts
+        text = " ".join(part.strip() for part in (item.prompt, *item.answers[:1]) if part.strip())
+        return [fact if fact.locality else replace(fact, locality=text or None) for fact in facts]
 
     @property
     def edits(self) -> list[tuple[Fact, list[str]]]:

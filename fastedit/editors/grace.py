@@ -208,7 +208,11 @@ class _Visit(NamedTuple):
 
 @register_editor("grace")
 class Grace(MemoryEditor):
-    """Adds facts to a codebook beside one projection; see the module."""
+    """Adds facts to a codebook beside one projection; see the module.
+
+    ``official`` keeps the published port's rules for labels (:class:`fastedit.memory.codebook.Rules`). Serving is the
+    same in all profiles: the prompt's last token asks, once.
+    """
 
     Params = GraceParams
     memory_class = GraceMemory

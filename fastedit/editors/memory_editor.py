@@ -274,7 +274,7 @@ class MemoryEditor(Editor):
                 beneath=() if side is None else tuple(each.id for each in side.edits),
                 measured=learned.measured,
             )
-            edit.apply(self.model)
+            edit._join(self.model)
         edit.measured["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
         edit.measured.update(self.overhead())
         return edit

@@ -35,17 +35,17 @@ def sample_contexts(
     contexts = ["{}"]
     for length, count in lengths:
         starts = [START_WORDS[i % len(START_WORDS)] for i in range(count)]
-        for ids in _sample(runner, tokenizer, starts, length, generator):
-            text = _clean(tokenizer.decode(ids, skip_special_tokens=not keep_specials))
+        for ids in sample_continuations(runner, tokenizer, starts, length, generator):
+            text = plain_text(tokenizer.decode(ids, skip_special_tokens=not keep_specials))
             contexts.append(text + ". {}")
     return contexts
 
 
 @torch.no_grad()
-def _sample(
+def sample_continuations(
     runner: BlockRunner, tokenizer: Any, starts: Sequence[str], length: int, generator: torch.Generator
 ) -> list[list[int]]:
-    """Top-k samples of ``length`` tokens in all, one per start word, without a stop at EOS."""
+    """Top-k samples of ``length`` tokens in all, as ids, one for each of ``starts``, without a stop at EOS."""
     rows: list[list[int]] = []
     for start in starts:
         ids = list(tokenizer(start)["input_ids"])
@@ -64,6 +64,7 @@ def _last_logits(runner: BlockRunner, ids: list[int]) -> Tensor:
     return runner.description.logits(hidden[:, -1])[0]
 
 
-def _clean(text: str) -> str:
+def plain_text(text: str) -> str:
+    """Sampled text without what would break a template: braces, empty lines, odd characters."""
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ").replace("<|endoftext|>", "")
     return text.replace("{", " ").replace("}", " ")

@@ -29,7 +29,7 @@ from .base import Editor, register_editor
 from .prompts import FactRows, fact_rows
 from .stopwatch import Stopwatch
 
-_EPS = 1e-8
+_EPS = torch.finfo(torch.float32).eps  # added to standard deviations, as published
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,14 @@ class UltraEdit(Editor):
     # -- features and gradients ---------------------------------------------------------------------
 
     def _capture(self, facts: list[Fact], rows: list[FactRows]) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer name, inputs H (T, d_in) and gradients (T, d_out), fp32, a row for each answer token."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].targets[0].ids))
+        """By layer name, inputs H (T, d_in) and gradients (T, d_out), fp32, a row for each answer token.
+
+        The published code loses the gradients of a last micro-batch that is not full, and solves with zeros in their
+        place; the official profile does so too.
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].targets[0].ids), reverse=True)
         size = self.params.micro_batch
+        loses_rest = self.profile == "official" and len(order) > size
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.places}
         with progress(total=len(rows), desc="reading gradients", unit="fact", show=self.progress) as bar:
             for start in range(0, len(order), size):
@@ -198,7 +203,8 @@ class UltraEdit(Editor):
                         named = ", ".join(repr(facts[i].text) for i in chosen)
                         raise NumericalError(f"the gradients of {named} are not finite: use a wider dtype")
                     self._normaliser(name).update(torch.cat(pair, 1))
-                    parts[name].append(pair)
+                    lost = loses_rest and len(chosen) < size
+                    parts[name].append((pair[0], torch.zeros_like(pair[1])) if lost else pair)
                 bar.update(len(chosen))
         return {
             name: (torch.cat([x for x, _ in pairs]), torch.cat([g for _, g in pairs]))

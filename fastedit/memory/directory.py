@@ -8,7 +8,6 @@ force, oldest first. It is replaced by one rename, so a reader sees the memory b
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artefacts.model_directory import ModelDirectory
+from ..artefacts.model_directory import ModelDirectory, remove_others
 from ..artefacts.safetensors_file import explained
 from ..errors import BaseMismatch, CorruptFile, FasteditError
 from ..io import atomic_directory, atomic_write_json, read_json
@@ -67,8 +66,10 @@ def add_to_directory(edit: MemoryEdit, model_dir: str | Path, *, force: bool = F
     """
     model_dir = Path(model_dir)
     rows = memory_rows(model_dir)
+    directory = ModelDirectory(model_dir)
+    directory.refuse_links()
     if not force:
-        _check_weight(edit, ModelDirectory(model_dir))
+        _check_weight(edit, directory)
     there = [
         other for other in load_edits(model_dir) if (other.method, other.layer) == (edit.method, edit.layer)
     ]
@@ -168,12 +169,7 @@ def _commit(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put a new list in force, then remove what it does not name."""
     folder.mkdir(exist_ok=True)
     atomic_write_json(folder / _LIST, {"format": _FORMAT, "version": _VERSION, "edits": list(rows)})
-    keep = {_LIST, *(row["id"] for row in rows)}
-    for item in folder.iterdir():
-        if item.name not in keep:
-            shutil.rmtree(item, ignore_errors=True)
-    if not rows:
-        shutil.rmtree(folder)
+    remove_others(folder, {_LIST, *(row["id"] for row in rows)} if rows else set())
 
 
 def _row(edit: MemoryEdit) -> dict[str, Any]:

@@ -207,10 +207,15 @@ class MemoryEdit:
             BaseMismatch: the model is another one, or the memory there has other settings.
             FasteditError: it is there already, or it would replace edits that it does not hold.
         """
+        self._check_base(model, force)
+        self._join(model, force)
+        return self
+
+    def _join(self, model: nn.Module, force: bool = False) -> None:
+        """Put the edit on top of the model's memory, which is known to be on the right base."""
         from ..editors.memory_editor import memory_for
         from .side_module import attach, detach, find_side
 
-        self._check_base(model, force)
         side = find_side(model, self.layer, self.method)
         fresh = side is None
         if side is None:
@@ -223,7 +228,6 @@ class MemoryEdit:
                 detach(model, side)
             raise
         self._note(model, applied=True)
-        return self
 
     def revert(self, model: nn.Module | None = None) -> None:
         """Take the edit out of the memory; the last one takes the memory off the model.
@@ -364,6 +368,8 @@ def cannot_merge(edits: Iterable[MemoryEdit]) -> FasteditError:
 def load_memory_edit(directory: str | Path) -> MemoryEdit:
     """Read a memory edit; see :func:`fastedit.load_edit`."""
     directory = Path(directory)
+    if not (directory / _JSON).is_file():
+        raise CorruptFile(f"there is no edit in {directory}: it has no {_JSON}")
     content = read_json(directory / _JSON)
     unseal(content, directory, MEMORY_FORMAT, VERSION, _TENSORS)
     try:

@@ -13,7 +13,7 @@ token to the last.
 - A call without a cache is a prefill of its own. Its tokens may hold more than the prompt (teacher forcing, or
   generation with ``use_cache=False``): say inside :func:`prompts` how long the prompts are.
 - Tuples in the place of cache objects (GPT-2 and others before transformers 4.50) carry no routes: the last prefill's
-  serve, so that one generation at a time is possible. Beams of one sample share their prompt, hence their route.
+  serve if it had as many samples, so one generation at a time works. Beams share their prompt and so their route.
 - A block that is called by itself, outside its decoder, sees no memory.
 """
 
@@ -130,7 +130,8 @@ class Router:
         past = 0
         if isinstance(cache, (tuple, list)):
             if cache:
-                known, past = dict(self.last), int(cache[0][0].shape[-2])
+                past = int(cache[0][0].shape[-2])
+                known = {key: r for key, r in self.last.items() if len(r.index) == tokens.shape[0]}
         elif cache is not None:
             decided = routes_on(cache)
             known = dict(decided)

@@ -34,6 +34,13 @@ _ALIASES = {  # as transformers' configurations say it
 }
 
 
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """σ by one of the names that :func:`routing_score` takes, for autograd; ValueError for an unknown name."""
+    name = _ALIASES.get(name, name)
+    check.choice("activation_function", tuple(_ACTIVATIONS), activation=name)
+    return _ACTIVATIONS[name]
+
+
 def _check(
     x: Tensor,
     base_weight: Tensor,

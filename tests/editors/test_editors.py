@@ -14,14 +14,17 @@ from tiny import CONTEXTS, FACTS, QUICK, bits, make, moments, same_bits, target_
 
 import fastedit
 from fastedit import Fact, InvalidFact, NumericalError, UnsupportedModel
-from fastedit.editors import editor_class, methods
+from fastedit.editors import methods
+from fastedit.editors.base import editor_class
 from fastedit.editors.locate_then_edit import LocateThenEdit
 from fastedit.editors.prompts import fact_rows
 from fastedit.models.runner import frozen
 
+LOCATING = [method for method in methods() if issubclass(editor_class(method), LocateThenEdit)]
+
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", [m for m in methods() if issubclass(editor_class(m), LocateThenEdit)])
+@pytest.mark.parametrize("method", LOCATING)
 def test_edit_makes_targets_likelier_and_reverts_to_the_bits(method: str, family: str) -> None:
     model = tiny_model(family)
     before = bits(model)

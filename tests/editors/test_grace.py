@@ -13,6 +13,7 @@ from golden import GoldenCase, find_cases, load_case
 from memory.toy import generate
 from model_configs import tiny_model, tiny_tokenizer
 from tiny import FACTS, bits, make, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastedit
 from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact, NumericalError
@@ -208,6 +209,34 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     assert [row[0]["edit"] for row in route_info(model)] == [edit.id] * 3
     edit.revert()
     assert torch.equal(losses(model, FACTS), start)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("replacement", ["replace_last", "replace_all"])
+def test_decode_steps_wait_for_nothing(replacement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    grace(model, replacement=replacement, steps=2).edit(FACTS)
+    (side,) = sides_of(model)
+    hook, output = side.hook, torch.randn(2, 1, 32)
+    with torch.no_grad():
+        cache = model(**ask([FACTS[0].text, OTHERS[0]]), use_cache=True).past_key_values
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    side.router.begin(model.model, (), {"input_ids": torch.ones(2, 1).long(), "past_key_values": cache})
+    with NoWaiting():
+        new = hook(None, (torch.randn(2, 1, 64),), output)
+    side.router.end(model.model, (), {}, None)
+    if replacement == "replace_last":
+        assert new is None
+    else:
+        assert torch.equal(new[1], output[1])
+        assert torch.equal(new[0, 0], book_of(model).values[0])
 
 
 # ---- reverting ------------------------------------------------------------------------------------------

@@ -31,8 +31,35 @@ def test_8_the_official_recurrence() -> None:
     torch.testing.assert_close(ours.mean, mean)
     torch.testing.assert_close(ours.squares, squares)
     probe = rows(9, 3)
-    spread = (squares / (count - 1 + 1e-8)).sqrt()
-    torch.testing.assert_close(ours.normalise(probe), (probe - mean) / (spread + 1e-8))
+    eps = torch.finfo(torch.float32).eps
+    spread = (squares / (count - 1 + eps)).sqrt()
+    torch.testing.assert_close(ours.normalise(probe), (probe - mean) / (spread + eps))
+
+
+@pytest.mark.parametrize("profile", ["clean", "official"])
+def test_8_micro_batches_are_the_published_ones(profile: str) -> None:
+    """The longest first; the official profile loses the gradients of a last micro-batch that is not full."""
+    editor = make("ultraedit", tiny_model("llama"), params={**PARAMS, "micro_batch": 2}, profile=profile)
+    lengths: list[list[int]] = []
+    solved: dict[str, torch.Tensor] = {}
+    together, solve = editor._capture_together, editor._solve
+
+    def watched(rows):  # type: ignore[no-untyped-def]
+        lengths.append([len(row.targets[0].ids) for row in rows])
+        return together(rows)
+
+    def kept(name, inputs, gradients):  # type: ignore[no-untyped-def]
+        solved[name] = gradients
+        return solve(name, inputs, gradients)
+
+    editor._capture_together, editor._solve = watched, kept
+    editor.edit(FACTS[:3])
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat, reverse=True)
+    assert [len(batch) for batch in lengths] == [2, 1]
+    for gradients in solved.values():
+        assert bool(gradients[0].any())
+        assert bool(gradients[-1].any()) == (profile == "clean")
 
 
 @pytest.mark.parametrize("sizes", [(5, 2, 9), (1, 1, 1), (16,)])

@@ -9,6 +9,8 @@ from model_configs import tiny_tokenizer
 
 import fastedit
 from fastedit import Fact
+from fastedit.editors.base import editor_class
+from fastedit.editors.locate_then_edit import LocateThenEdit
 from fastedit.editors.prompts import fact_rows
 from fastedit.models import describe
 
@@ -35,7 +37,7 @@ def moments(model: Any) -> dict[int, torch.Tensor]:
 
 def make(method: str, model: Any, **options: Any) -> Any:
     """An editor with few steps and given statistics and contexts, as far as the method has them."""
-    if method != "ultraedit":
+    if issubclass(editor_class(method), LocateThenEdit):
         options = {"params": QUICK, "statistics": moments(model), "contexts": CONTEXTS, **options}
     return fastedit.editor(method, model, tiny_tokenizer(), **options)
 

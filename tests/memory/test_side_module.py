@@ -57,9 +57,9 @@ def test_a_pickled_model_keeps_its_memory() -> None:
 def test_models_change_precision() -> None:
     model, _ = with_toy("llama")
     model.to(torch.bfloat16)
-    assert model(**batch()).logits.dtype == torch.bfloat16
+    assert model.model(**batch()).last_hidden_state.dtype == torch.bfloat16
     model.to(torch.float64)
-    assert model(**batch()).logits.dtype == torch.float64
+    assert model.model(**batch()).last_hidden_state.dtype == torch.float64
 
 
 def test_device_maps() -> None:
