@@ -66,7 +66,7 @@ class PlainTPatcher:
     def patched(self, keys: Tensor, bias: Tensor, values: Tensor) -> Iterator[list[Tensor]]:
         """The model with these patches beside the finished ones; yields a list of the MLP's inputs."""
         queries: list[Tensor] = []
-        module = self.projection.module
+        module: Any = self.projection.module
 
         def remember(_module: Any, args: tuple[Tensor, ...]) -> None:
             queries.append(args[0].reshape(-1, args[0].shape[-1]))

@@ -26,7 +26,7 @@ from ..errors import CorruptFile, NumericalError
 from ..facts import Fact
 from ..memory.base import Decision, Memory, Place, Routes
 from ..memory.edit import MemoryEdit
-from ..memory.patches import Patches, activation_loss, memory_loss, mlp_activation
+from ..memory.patches import Patches, activation_loss, loudest, memory_loss, mlp_activation
 from ..models.describe import ModelDescription, Projection
 from ..models.fingerprint import fingerprint
 from ..models.runner import BlockRunner
@@ -374,7 +374,7 @@ class TPatcher(MemoryEditor):
 
     def _memory_loss(self, training: _Training, trained: Sequence[Tensor], memories: Tensor) -> Tensor:
         _, margins, copies = self._profile
-        remembered = torch.nn.functional.linear(memories, trained[0], trained[1])
+        remembered = loudest(memories, trained[0], trained[1], self.params.memory_k)
         return memory_loss(remembered, _own(training, trained), margins, self.params.memory_k, copies)
 
     def _task_loss(self, training: _Training, trained: Sequence[Tensor]) -> Tensor:

@@ -128,6 +128,25 @@ def top_mean_exp(values: Tensor, k: int, copies: int = 1) -> Tensor:
     return (copies * top[:whole].sum() + rest * top[whole:].sum()) / count
 
 
+def loudest(memories: Tensor, keys: Tensor, bias: Tensor, k: int) -> Tensor:
+    """Each patch's k highest activations on remembered queries; no other can be among the k highest of all.
+
+    Only these are differentiated, so that the backward pass reads k rows for each patch and not the whole memory.
+
+    Args:
+        memories: (m, d).
+        keys: (n, d).
+        bias: (n,).
+        k: how many; all if there are fewer.
+
+    Returns:
+        (min(k, m), n).
+    """
+    with torch.no_grad():
+        rows = (keys @ memories.T).topk(min(k, len(memories))).indices.T
+    return torch.einsum("knd,nd->kn", memories[rows], keys) + bias
+
+
 def activation_loss(own: Tensor, margin: float, k: int, copies: int = 1) -> Tensor:
     """l_a: the mean of the k largest exp(margin − a), of patches' activations (n,) at their own tokens."""
     return top_mean_exp(margin - own, k, copies)
@@ -139,7 +158,8 @@ def memory_loss(
     """l_m1 + l_m2: means of the k largest exp(a_m − a + m1) and exp(a_m − m2).
 
     Args:
-        remembered: (memory, n), a_m, the patches' activations on queries that they shall leave alone.
+        remembered: (memory, n), a_m, the patches' activations on queries that they shall leave alone; the k highest
+            of each patch will do.
         own: (n,), a, those at their own tokens.
         margins: m1 and m2.
         k: how many count.

@@ -22,7 +22,14 @@ from fastedit import (
     UnsupportedModel,
 )
 from fastedit.memory import Base, MemoryEdit, prompts, route_info, sides_of
-from fastedit.memory.patches import Patches, activation_loss, memory_loss, mlp_activation, top_mean_exp
+from fastedit.memory.patches import (
+    Patches,
+    activation_loss,
+    loudest,
+    memory_loss,
+    mlp_activation,
+    top_mean_exp,
+)
 from fastedit.models import describe
 
 TEXTS = ["The capital of Japan is Tokyo. Rome is not.", "Miles Davis was born in the city of Paris."] * 3
@@ -93,6 +100,20 @@ def test_losses_with_copies_are_those_of_repeated_examples(k: int, copies: int) 
     found = activation_loss(own, 0.5, k, copies)
     torch.testing.assert_close(found.double(), plain(0.5 - own_repeated), rtol=1e-5, atol=0)
     assert top_mean_exp(torch.empty(0), k, copies) == 0
+
+
+@pytest.mark.parametrize("k", [1, 5, 1000])
+def test_the_loudest_memories_give_the_losses_and_gradients_of_all(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memories, own = torch.randn(50, 8, generator=generator), torch.randn(3, generator=generator)
+    keys, bias, _ = (t.requires_grad_() for t in random_patches(3, 8))
+    losses = [
+        memory_loss(remembered, own, (3.0, -3.0), k, 8)
+        for remembered in (loudest(memories, keys, bias, k), memories @ keys.T + bias)
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for ours, plain in zip(*(torch.autograd.grad(loss, (keys, bias)) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_are_held_in_buffers_that_double() -> None:
