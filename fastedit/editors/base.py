@@ -38,6 +38,8 @@ _METHODS = {
     "grace": "grace",
     "defer": "defer",
     "serac": "serac",
+    "t-patcher": "t_patcher",
+    "melo": "melo",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidFact, NumericalError
 from ..facts import Fact, validate_facts
-from ..memory.base import Memory
+from ..memory.base import Memory, Place
 from ..memory.edit import Base, MemoryEdit
 from ..memory.routing import prompts
 from ..memory.side_module import SideModule, find_side
@@ -92,17 +92,24 @@ class UpperPass:
         rows: at least one.
         layer: the projection's block.
         starts: per row the first position whose output will be replaced; earlier ones keep their keys and values.
+        place: ``"mlp"`` looks at the whole MLP in the projection's place: its input, and the same output.
 
     Attributes:
         inputs: (rows, length, d_in), what the projection is given, from each row's start on.
         outputs: (rows, length, d_out), what it returns.
         real: (rows, length) bool, False at padding (rows are padded on the right).
         key: (rows,) column of the prompt's last token; negative if it lies before the start.
+        target: (targets,) the tokens of all rows' targets.
     """
 
     @torch.no_grad()
     def __init__(
-        self, runner: BlockRunner, rows: Sequence[TargetRow], layer: int, starts: Sequence[int]
+        self,
+        runner: BlockRunner,
+        rows: Sequence[TargetRow],
+        layer: int,
+        starts: Sequence[int],
+        place: Place = "projection",
     ) -> None:
         self.runner, self.layer = runner, layer
         self.description = runner.description
@@ -124,9 +131,10 @@ class UpperPass:
             seen["inputs"] = _at(args[0].reshape(*ids.shape, -1), columns)
             seen["outputs"] = _at(out.reshape(*ids.shape, -1), columns)
 
+        projection = self.description.projection(layer).module
         hooks = [
             (self.description.blocks[layer], keep_block),
-            (self.description.projection(layer).module, keep_projection),
+            (projection if place == "projection" else self.description.mlp(layer), keep_projection),
         ]
         with prompts(runner.model, [row.n_prompt for row in rows]):
             _, pairs = runner.record(ids, mask, positions, hooks)
@@ -147,15 +155,19 @@ class UpperPass:
         Args:
             outputs: (rows, length, d_out), what the projection shall return; differentiable.
         """
+        log_p = self.log_probabilities(outputs)
+        picked = -log_p.gather(1, self.target.to(log_p.device)[:, None])[:, 0]
+        total = torch.zeros(len(self.inputs), device=picked.device)
+        total = total.index_add(0, self._row.to(picked.device), picked * self._weight.to(picked.device))
+        return total.to(self.inputs.device)
+
+    def log_probabilities(self, outputs: Tensor) -> Tensor:
+        """(targets, vocabulary) fp32, at the positions that predict :attr:`target`; see :meth:`losses`."""
         moved = self._states.float() + (self._contribution(outputs).float() - self._added)
         hidden = moved.to(self._states.dtype)
         out = self.runner.run(self._calls, hidden, self.layer + 1, self.description.n_layers)
         flat = out.reshape(-1, out.shape[-1])[self._scored.to(out.device)]
-        log_p = F.log_softmax(self.runner.logits(flat).float(), dim=-1)
-        picked = -log_p.gather(1, self._target.to(log_p.device)[:, None])[:, 0]
-        total = torch.zeros(len(self.inputs), device=picked.device)
-        total = total.index_add(0, self._row.to(picked.device), picked * self._weight.to(picked.device))
-        return total.to(self.inputs.device)
+        return F.log_softmax(self.runner.logits(flat).float(), dim=-1)
 
     def _contribution(self, outputs: Tensor) -> Tensor:
         """What the projection's outputs add to the residual stream."""
@@ -175,7 +187,7 @@ class UpperPass:
             row_of += [number] * n
             weight += [1.0 / n] * n
         device = self.inputs.device
-        self._scored, self._target, self._row = (
+        self._scored, self.target, self._row = (
             torch.tensor(x, device=device) for x in (scored, token, row_of)
         )
         self._weight = torch.tensor(weight, device=device)
@@ -284,7 +296,11 @@ class MemoryEditor(Editor):
     def new_memory(self) -> Memory:
         """An empty memory for this editor's projection and settings."""
         return self.memory_class(
-            self.projection.d_in, self.projection.d_out, vars(self.params), self.profile, self.seed
+            self.memory_class.input_width(self.projection),
+            self.projection.d_out,
+            vars(self.params),
+            self.profile,
+            self.seed,
         )
 
     def overhead(self) -> dict[str, Any]:
@@ -314,7 +330,7 @@ def memory_class(method: str) -> type[Memory]:
 def memory_for(edit: MemoryEdit, projection: Projection) -> Memory:
     """An empty memory of the kind that an edit belongs to."""
     kind = memory_class(edit.method)
-    return kind(projection.d_in, projection.d_out, edit.params, edit.profile, edit.seed)
+    return kind(kind.input_width(projection), projection.d_out, edit.params, edit.profile, edit.seed)
 
 
 def require_finite(losses: Tensor, facts: Sequence[Fact]) -> None:

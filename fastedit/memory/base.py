@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RouteScope = Literal["prefill", "per_call"]
 RouteTokens = Literal["prompt", "all"]
+Place = Literal["projection", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Memory(ABC):
     same wherever the same edits are added in the same order.
 
     Args:
-        d_in: width of the projection's input.
+        d_in: width of the projection's input; for a memory beside the whole MLP, of the MLP's.
         d_out: width of its output.
         params: the method's hyper-parameters, as plain values.
         profile: ``"clean"``, ``"official"`` or ``"paper"``.
@@ -88,6 +89,8 @@ class Memory(ABC):
 
     method: str
     """Name of the editing method."""
+    place: Place = "projection"
+    """Whether it stands beside the MLP's output projection, or beside the whole MLP, whose input it then sees."""
     route_scope: RouteScope = "prefill"
     """Whether a sample's route is decided once, at prefill, or anew in every call."""
     route_tokens: RouteTokens = "prompt"
@@ -106,6 +109,16 @@ class Memory(ABC):
 
     def attached_to(self, model: nn.Module, projection: Projection, layer: int) -> None:  # noqa: B027
         """Called before anything is added: where it stands. Most memories need not know."""
+
+    @property
+    def upper_layers(self) -> tuple[int, ...]:
+        """Blocks above its own at whose output projections it answers too, by the routes decided at its own."""
+        return ()
+
+    @classmethod
+    def input_width(cls, projection: Projection) -> int:
+        """Width of what it is given where it stands."""
+        return projection.d_in if cls.place == "projection" else projection.d_out
 
     # -- serving ------------------------------------------------------------------------------------
 
@@ -135,6 +148,10 @@ class Memory(ABC):
         Returns:
             (B, T, d_out), in any floating dtype, or ``outputs`` itself if this call is not changed.
         """
+
+    def apply_above(self, layer: int, inputs: Tensor, outputs: Tensor, routes: Routes) -> Tensor:
+        """What :meth:`apply` is at the projection of one of :attr:`upper_layers`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it answers at block {layer}")
 
     # -- content ------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class SideModule:
 
     def __init__(self, memory: Memory, layer: int | None, name: str, router: Router) -> None:
         self.memory, self.layer, self.name, self.router = memory, layer, name, router
+        self.above = [UpperSite(self, upper) for upper in memory.upper_layers]
         self.edits: list[MemoryEdit] = []
         self.enabled = True
 
@@ -59,10 +60,7 @@ class SideModule:
         if not routes.used:
             return None
         new = self.memory.apply(inputs, outputs, routes, tokens)
-        if new is outputs:
-            return None
-        routed = (routes.index >= 0).to(outputs.device)[:, None, None]
-        return torch.where(routed, new.to(outputs.dtype), outputs).reshape(output.shape)
+        return None if new is outputs else _merged(new, outputs, routes).reshape(output.shape)
 
     @torch.no_grad()
     def _decide(self, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> Routes:
@@ -76,6 +74,20 @@ class SideModule:
             yield
         finally:
             self.enabled = before
+
+    @property
+    def sites(self) -> list[SideModule | UpperSite]:
+        """What has a hook, its own place first."""
+        return [self, *self.above]
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that the hooks of :attr:`sites` are on; not for a memory of the whole model."""
+        assert self.layer is not None
+        description = describe(model)
+        own = description.projection(self.layer).module
+        if self.memory.place == "mlp":
+            own = description.mlp(self.layer)
+        return [own, *(description.projection(site.layer).module for site in self.above)]
 
     # -- edits --------------------------------------------------------------------------------------
 
@@ -121,6 +133,38 @@ class SideModule:
             self.memory.add(below)
 
 
+class UpperSite:
+    """Where a memory answers above its own place, by the routes that were decided there.
+
+    Attributes:
+        side: the memory's own place.
+        layer: the block.
+    """
+
+    def __init__(self, side: SideModule, layer: int) -> None:
+        self.side, self.layer = side, layer
+
+    @torch.compiler.disable
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of the projection."""
+        call, memory = self.side.router.call, self.side.memory
+        if call is None or not self.side.enabled:
+            return None
+        routes = call.decided.get(self.side.key) or call.known.get(self.side.key)
+        if routes is None or not routes.used:
+            return None
+        outputs = output.reshape(*call.size, -1)
+        inputs = args[0].reshape(*call.size, -1).to(outputs.device)
+        new = memory.apply_above(self.layer, inputs, outputs, routes)
+        return _merged(new, outputs, routes).reshape(output.shape)
+
+
+def _merged(new: Tensor, outputs: Tensor, routes: Routes) -> Tensor:
+    """New outputs for routed samples, the very bits of the old ones for the others."""
+    routed = (routes.index >= 0).to(outputs.device)[:, None, None]
+    return torch.where(routed, new.to(outputs.dtype), outputs)
+
+
 def sides_of(model: nn.Module) -> list[SideModule]:
     """The memories of a model, in the order they were attached; empty if it has none."""
     return [side for router in routers_of(model) for side in router.sides]
@@ -146,23 +190,26 @@ def attach(model: nn.Module, layer: int | None, memory: Memory) -> SideModule:
     projection = describe(model).projection(layer)
     if find_side(model, layer, memory.method) is not None:
         raise FasteditError(f"{projection.name} has a {memory.method} memory already")
-    if (memory.d_in, memory.d_out) != (projection.d_in, projection.d_out):
+    d_in = memory.input_width(projection)
+    if (memory.d_in, memory.d_out) != (d_in, projection.d_out):
         raise ValueError(
             f"the memory is for a projection from {memory.d_in} to {memory.d_out}, {projection.name} maps "
-            f"{projection.d_in} to {projection.d_out}"
+            f"{d_in} to {projection.d_out}"
         )
     memory.attached_to(model, projection, layer)
     router = router_of(model, make=True)
     assert router is not None
     side = SideModule(memory, layer, projection.name, router)
-    projection.module.register_forward_hook(side.hook)
+    for module, site in zip(side.modules(model), side.sites, strict=True):
+        module.register_forward_hook(site.hook)
     router.sides.append(side)
     return side
 
 
 def detach(model: nn.Module, side: SideModule) -> None:
     """Take a memory off a model; without any the model is exactly as it was before the first."""
-    unhook(model, side)
+    for site in side.sites:
+        unhook(model, site)
     side.router.sides.remove(side)
     if not side.router.sides:
         unhook(model, side.router)

@@ -138,6 +138,21 @@ class ModelDescription:
         transposed, d_in, d_out = _orientation(_innermost(module), name)
         return Projection(name, module, transposed, d_in, d_out)
 
+    def mlp(self, layer: int) -> nn.Module:
+        """The MLP of block ``layer``; called with one tensor (..., hidden_size), it returns another.
+
+        Raises:
+            IndexError: no such block.
+            UnsupportedModel: the MLP's output projection is not part of a module of its own.
+        """
+        name, dot, _ = self.output_path.partition(".")
+        if not dot:
+            raise UnsupportedModel(
+                f"{self.block_names[self._checked(layer)]}.{self.output_path} is not inside an MLP module, "
+                "which this method needs to see the input of"
+            )
+        return self.blocks[self._checked(layer)].get_submodule(name)
+
     def attention_projection(self, layer: int) -> nn.Module:
         """The attention output projection of block ``layer``: its output is what the attention computes.
 
