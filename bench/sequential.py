@@ -17,7 +17,7 @@ model, from the same records.
 
 Memory editors (grace, defer, wise@merge, wise@retrieve) leave the weights alone: their norms do not change.
 
-Settings are read from SETTINGS_DIR/MODEL_METHOD.json, else they are the method's own for the model's shape.
+Settings are read from SETTINGS_DIR/MODEL_NAME.json, NAME as given or without its @ part, else they are the method's own for the model's shape.
 """
 
 from __future__ import annotations
@@ -154,8 +154,10 @@ class Study:
 
     def params(self, variant: Variant) -> dict[str, Any]:
         """The settings from the file, if there is one, and those that the variant's name gives."""
-        path = Path(self.options.settings) / f"{self.name}_{variant.method}.json"
-        params = dict(read_json(path)) if path.exists() else {}
+        folder = Path(self.options.settings)
+        names = [f"{self.name}_{name}.json" for name in (variant.name, variant.method)]
+        path = next((folder / name for name in names if (folder / name).exists()), None)
+        params = {} if path is None else dict(read_json(path))
         _, at, suffix = variant.name.partition("@")
         if at:
             name, value_of = SUFFIXES[variant.method]

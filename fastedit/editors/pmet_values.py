@@ -18,7 +18,7 @@ from ..models.runner import BlockCalls, BlockRunner, Prefix
 from ..models.tokens import pad_batch
 from ..progress import progress
 from .prompts import FactRows
-from .values import ValueObjective, Values, adam_step, at_columns, micro_batches
+from .values import ValueObjective, Values, adam_step, at_columns, micro_batches, smaller_if_it_must
 
 SETTLED_NLL_FACTOR = 0.1
 SETTLED_KL = 0.01
@@ -60,14 +60,18 @@ def optimise_pairs(
     initial, shift = torch.zeros(n, hidden, device=device), torch.zeros(n, hidden, device=device)
     losses = torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64)
     broken = torch.zeros(n, dtype=torch.bool)
+
+    def run(chosen: list[int]) -> None:
+        found = _optimise_together(runner, [rows[i] for i in chosen], objective)
+        initial[chosen] = found.initial[:, 1].to(device)
+        shift[chosen] = found.shift[:, 1].to(device)
+        losses[chosen] = found.losses.cpu()
+        broken[chosen] = found.broken.cpu()
+
     with progress(total=n, desc="optimising targets", unit="fact", show=show_progress) as bar:
-        for chosen in micro_batches(runner, rows, objective, micro_batch):
-            found = _optimise_together(runner, [rows[i] for i in chosen], objective)
-            initial[chosen] = found.initial[:, 1].to(device)
-            shift[chosen] = found.shift[:, 1].to(device)
-            losses[chosen] = found.losses.cpu()
-            broken[chosen] = found.broken.cpu()
-            bar.update(len(chosen))
+        for batch in micro_batches(runner, rows, objective, micro_batch):
+            for chosen in smaller_if_it_must(batch, run):
+                bar.update(len(chosen))
     reasons = dict.fromkeys(broken.nonzero().flatten().tolist(), "its loss stopped being finite")
     return Values(initial, shift, initial.clone(), losses, reasons)
 

@@ -10,7 +10,8 @@ the shift δ is differentiated, never a weight. Results equal those of the loop 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..models.runner import BlockCalls, BlockRunner, Prefix
 from ..models.tokens import pad_batch
 from ..progress import progress
 from .prompts import FactRows
+
+logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -133,10 +136,33 @@ def optimise_values(
         torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64),
     )
     with progress(total=n, desc="optimising targets", unit="fact", show=show_progress) as bar:
-        for chosen in micro_batches(runner, rows, objective, micro_batch):
-            _optimise_together(runner, facts, rows, chosen, objective, values)
-            bar.update(len(chosen))
+        for batch in micro_batches(runner, rows, objective, micro_batch):
+            for chosen in smaller_if_it_must(
+                batch, lambda part: _optimise_together(runner, facts, rows, part, objective, values)
+            ):
+                bar.update(len(chosen))
     return values
+
+
+def smaller_if_it_must(batch: list[int], run: Callable[[list[int]], None]) -> Iterator[list[int]]:
+    """Run a batch, or its halves if the device's memory does not hold it; gives what was run, part by part.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is no memory for one fact alone.
+    """
+    try:
+        run(batch)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    else:
+        yield batch
+        return
+    torch.cuda.empty_cache()  # outside of the except clause, which keeps the failed run's tensors alive
+    middle = len(batch) // 2
+    logger.warning("no memory for %d facts at a time: trying %d", len(batch), middle)
+    for half in (batch[:middle], batch[middle:]):
+        yield from smaller_if_it_must(half, run)
 
 
 @dataclass

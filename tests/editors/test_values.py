@@ -102,3 +102,32 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
         model.lm_head.weight[7] = float("nan")
     _, values = run(model, ValueObjective(layer=0, steps=3), FACTS[:1])
     assert values.broken == {0: "its loss stopped being finite"}
+
+
+def test_a_batch_without_memory_is_halved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fastedit.editors import values as module
+
+    model, objective = tiny_model("llama"), ValueObjective(layer=0, steps=4, lr=0.1)
+    _, whole = run(model, objective, FACTS, micro_batch=4)
+    together, sizes = module._optimise_together, []
+
+    def short_of_memory(runner: Any, facts: Any, rows: Any, chosen: list[int], *rest: Any) -> None:
+        sizes.append(len(chosen))
+        if len(chosen) > 1:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        together(runner, facts, rows, chosen, *rest)
+
+    monkeypatch.setattr(module, "_optimise_together", short_of_memory)
+    _, parts = run(model, objective, FACTS, micro_batch=4)
+    torch.testing.assert_close(parts.shift, whole.shift, rtol=1e-3, atol=1e-4)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert "no memory for 4 facts at a time" in caplog.text
+
+    def never(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(module, "_optimise_together", never)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(model, objective, FACTS)
