@@ -17,7 +17,8 @@ model, from the same records.
 
 Memory editors (grace, defer, wise@merge, wise@retrieve) leave the weights alone: their norms do not change.
 
-Settings are read from SETTINGS_DIR/MODEL_NAME.json, NAME as given or without its @ part, else they are the method's own for the model's shape.
+Settings are read from SETTINGS_DIR/MODEL_NAME.json, NAME as given or without its @ part; else they are the method's
+own for the model's shape.
 """
 
 from __future__ import annotations
