@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,6 +28,7 @@ from ..progress import progress
 from .base import Editor, register_editor
 from .prompts import FactRows, fact_rows
 from .stopwatch import Stopwatch
+from .token_losses import token_nll
 
 OBJECTIVES = ("target", "prompt_last", "sentence")
 
@@ -384,8 +384,7 @@ class FineTune(Editor):
             hidden = out[0] if isinstance(out, tuple) else out
         place = hidden.device
         logits = self.runner.logits(hidden.flatten(0, 1)[part.scored.to(place)]).float()
-        token_losses = F.cross_entropy(logits, part.token.to(logits.device), reduction="none")
-        weighted = token_losses * part.weight.to(logits.device)
+        weighted = token_nll(logits, part.token.to(logits.device)) * part.weight.to(logits.device)
         zero = torch.zeros(len(part.facts), device=logits.device)
         return zero.index_add(0, part.owner.to(logits.device), weighted)
 

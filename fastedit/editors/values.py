@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..models.runner import BlockCalls, BlockRunner, Prefix
 from ..models.tokens import pad_batch
 from ..progress import progress
 from .prompts import FactRows
+from .token_losses import token_losses
 
 logger = logging.getLogger(__name__)
 
@@ -380,50 +380,11 @@ def _forward(
     logits = runner.logits(out.reshape(rows * length, -1)[wanted]).float()
     if reference is not None:
         reference = reference.to(logits.device)
-    picked, divergence, log_p = _TokenLosses.apply(logits, batch.token.to(logits.device), reference)
+    picked, divergence, log_p = token_losses(logits, batch.token.to(logits.device), reference)
     nll = torch.zeros(len(delta), device=picked.device).index_add(
         0, batch.owner.to(picked.device), picked * batch.weight.to(picked.device)
     )
     return nll.to(delta.device), divergence.to(delta.device), log_p.to(delta.device)
-
-
-class _TokenLosses(torch.autograd.Function):
-    """-log p of tokens, and KL(p ‖ reference), in one buffer.
-
-    ``logits`` is overwritten, first by the probabilities, then by its own gradient.
-
-    The first rows of ``logits`` (rows, vocabulary) fp32 are scored at ``token``; the others are compared with
-    ``reference``, log-probabilities of the same rows (None: with themselves, so that the KL is zero). Differentiable
-    once. A vocabulary is large: log_softmax, gather and kl_div would allocate and fill it four times.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, token: Tensor, reference: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(token)
-        log_p = logits[n:].log_softmax(1)
-        of_token = logits[:n].gather(1, token[:, None])[:, 0]
-        largest = logits.amax(1)
-        total = logits.sub_(largest[:, None]).exp_().sum(1)
-        nll = largest[:n] + total[:n].log() - of_token
-        excess = torch.zeros_like(log_p) if reference is None else log_p - reference
-        kl = (log_p.exp() * excess).sum(1)
-        ctx.save_for_backward(token, total, excess, kl)
-        ctx.exponentials = logits
-        ctx.mark_non_differentiable(log_p)
-        return nll, kl, log_p
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_nll: Tensor, of_kl: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        token, total, excess, kl = ctx.saved_tensors
-        n = len(token)
-        # With p = exponentials / total: d nll = p - onehot(token), d KL = p (log p - reference - KL).
-        gradient = ctx.exponentials.mul_((torch.cat((of_nll, of_kl)) / total)[:, None])
-        gradient[:n].scatter_add_(1, token[:, None], -of_nll[:, None])
-        gradient[n:].mul_(excess - kl[:, None])
-        return gradient, None, None
 
 
 def _reaching(runner: BlockRunner, batch: _Rows, delta: Tensor, objective: ValueObjective) -> Tensor:

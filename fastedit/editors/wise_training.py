@@ -20,6 +20,7 @@ from ..errors import InvalidFact
 from ..facts import Fact
 from ..models.runner import BlockCalls, BlockRunner
 from ..models.tokens import encode_prompt, leading_specials, pad_batch, pad_id, target_ids
+from .token_losses import token_nll
 
 IGNORED = -100
 
@@ -275,6 +276,7 @@ class FrozenRows:
         self.inputs = inputs.reshape(-1, projection.d_in)[tokens].float()
         self.bias = _bias(projection.module)
         self.outputs = self.project(base)
+        self._activated: tuple[Callable[[Tensor], Tensor], Tensor] | None = None  # σ, and σ(W₀x)
         if with_suffix:
             n = rows.n_edit_rows
             self.beside = beside[:n]
@@ -286,7 +288,9 @@ class FrozenRows:
 
     def scores(self, outputs: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """(rows, length) δ of every token, 0 where there is none."""
-        distance = torch.linalg.vector_norm(activation(self.outputs) - activation(outputs), dim=1)
+        if self._activated is None or self._activated[0] is not activation:
+            self._activated = activation, activation(self.outputs)
+        distance = torch.linalg.vector_norm(self._activated[1] - activation(outputs), dim=1)
         whole = distance.new_zeros(self.rows.ids.numel())
         return whole.index_copy(0, self.rows.tokens.to(whole.device), distance).view(self.rows.ids.shape)
 
@@ -326,7 +330,7 @@ class FrozenRows:
         hidden = self.beside + moved * self.runner.description.residual_scale
         out = self.runner.run(self.calls, hidden, self.layer + 1, self.runner.description.n_layers)
         logits = self.runner.logits(out.reshape(n * length, -1)[self.rows.scored.to(out.device)]).float()
-        loss = F.cross_entropy(logits, self.rows.labels.to(logits.device), reduction="none")
+        loss = token_nll(logits, self.rows.labels.to(logits.device))
         return (loss * self.rows.weights.to(loss.device)).sum().to(outputs.device)
 
     def _routing_loss(self, scores: Tensor, mean: Tensor, margins: Margins) -> Tensor:
