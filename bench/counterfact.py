@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 
 import fastedit
-from fastedit.cli.common import load_model
 from fastedit.data import load_records
 from fastedit.evaluation import Evaluator, run_sequential
 from fastedit.io import atomic_write_text
+from fastedit.models.loading import load_model
 from fastedit.stats import collect
 
 RESULTS = Path(__file__).parent / "results"

@@ -44,7 +44,6 @@ from fastedit import Fact, NumericalError
 from fastedit.artefacts.plain import plain
 from fastedit.bench import sequential_report
 from fastedit.bench.counterfact import true_sentences
-from fastedit.cli.common import load_model
 from fastedit.data import Record, load_records
 from fastedit.editors.base import Editor, editor_class
 from fastedit.editors.locate_then_edit import LocateThenEdit
@@ -55,6 +54,7 @@ from fastedit.evaluation import Before, Evaluator
 from fastedit.evaluation.sequential import steps
 from fastedit.io import atomic_write_json, read_json
 from fastedit.models import describe
+from fastedit.models.loading import load_model
 from fastedit.models.runner import frozen
 from fastedit.stats import collect
 

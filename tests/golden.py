@@ -74,7 +74,7 @@ class GoldenCase:
             return {layer: torch.from_numpy(stored[f"P_L{layer}"]) for layer in self.data["layers"]}
 
     def load_model(self) -> tuple[Any, Any]:
-        from fastedit.cli.common import load_model
+        from fastedit.models.loading import load_model
 
         return load_model(str(self.model_folder), device="cpu")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.loading import load_model
 from . import common
 from ._table import table
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{args.out} exists already: choose a new file")
     facts = _facts(args.facts) if args.facts else None
     texts = list(read_texts(*args.texts)) if args.texts else None
-    model, tokenizer = common.load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
     result = calibrate(
         model,
         tokenizer,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidFact
 from ..facts import Fact, validate_facts
+from ..models.loading import load_model, model_folder
 from . import common
 from ._table import table
 
@@ -92,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{place} exists already: choose a new folder")
     facts = read_facts(args)
     started = time.perf_counter()
-    folder = common.model_folder(args.model) if args.save_model else None
-    model, tokenizer = common.load_model(args.model, args.dtype, args.device)
+    folder = model_folder(args.model) if args.save_model else None
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
     editor = make_editor(args, model, tokenizer)
     if args.state and Path(args.state).exists():
         editor.load_state(args.state)

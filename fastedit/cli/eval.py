@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..models.loading import load_model
 from . import common
 from .edit import add_editor_options, make_editor
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     records = load_records(args.data)
     chosen = records[: args.limit]
-    model, tokenizer = common.load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
     editor = None if args.method == "none" else make_editor(args, model, tokenizer)
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None
     evaluator = Evaluator(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FasteditError
-from . import common
+from ..models.loading import load_model
 from ._table import table
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     texts: Any = read_texts(*args.texts) if args.texts else neutral_texts()
     device = str(local_device()) if args.device == "auto" else args.device
     with joined() as group:
-        model, tokenizer = common.load_model(args.model, args.dtype, device)
+        model, tokenizer = load_model(args.model, args.dtype, device)
         layers = _layers(args.layers, model)
         settings = _settings(args)
         if args.out is None:

@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from ..models.loading import load_model
 from . import common
 from ._table import table
 from .edit import setting_values
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.method} is trained without {', '.join('--' + name for name in unknown)}")
     records = load_records(args.data)
     params = setting_values(args.set)
-    model, tokenizer = common.load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
     report = trainer(
         model, tokenizer, records[: args.limit], Path(args.out), params=params, seed=args.seed, **options
     )

@@ -295,7 +295,7 @@ class _Learner(nn.Module):
         else:
             from transformers import AutoModelForCausalLM
 
-            from ..cli.common import load_tokenizer
+            from ..models.loading import load_tokenizer
 
             try:
                 found = AutoModelForCausalLM.from_pretrained(name)

@@ -85,7 +85,7 @@ def load_parts(params: Mapping[str, Any], model: nn.Module, tokenizer: Any = Non
 
 
 def _base_tokenizer(params: Mapping[str, Any], model: nn.Module) -> Any:
-    from ..cli.common import load_tokenizer
+    from ..models.loading import load_tokenizer
 
     places = [
         str(Path(params["classifier"]) / TOKENIZER),
@@ -109,7 +109,7 @@ def _load_counterfactual(name: str, model: nn.Module, tokenizer: Any) -> tuple[n
         return None, BASE
     from transformers import AutoModelForCausalLM
 
-    from ..cli.common import load_tokenizer
+    from ..models.loading import load_tokenizer
 
     folder = str(Path(name) / COUNTERFACTUAL) if trained_settings(name) is not None else name
     try:
