@@ -8,6 +8,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 OPS    ?= covariance low_rank solve neuron_select masked_update ties retrieval routing
+WHOLE  ?= memory_editing serving
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -34,6 +35,7 @@ format: $(VENV)/.test  ## let ruff rewrite the sources
 
 bench: $(VENV)/.test  ## run the CPU benchmarks and write bench/results
 	for stem in $(OPS); do $(BIN)/python bench/$$stem.py --device cpu --plot bench/results/$${stem}_cpu.png || exit; done
+	for stem in $(WHOLE); do $(BIN)/python bench/$$stem.py --device cpu || exit; done
 
 gpu-test:        ## build, test and benchmark on the GPU of this machine
 	bash bench/gpu_check.sh

@@ -92,6 +92,13 @@ def main(stem: str) -> None:
     finish(options, results)
 
 
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Device and output of a benchmark of whole models, which measures on one device."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
 def devices(name: str) -> list[str]:
     """The device types that ``--device`` stands for."""
     return ["cpu", "cuda"] if name == "all" else [name]
@@ -392,3 +399,26 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             out.append("  ".join(cells).rstrip())
     return "\n".join(out)
+
+
+def report(
+    stem: str,
+    rows: list[dict[str, Any]],
+    columns: Sequence[str],
+    shown: Sequence[str],
+    options: argparse.Namespace,
+) -> None:
+    """Save and print rows of other columns than :data:`COLUMNS`; ``shown`` are those of the printed table."""
+    about = machine(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / f"{stem}_{options.device}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *about], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: text(value) for key, value in {**row, **about}.items()})
+    if options.json:
+        print(json.dumps({"machine": about, "rows": rows}, indent=1))
+        return
+    lines = [tuple(shown), *(tuple(text(row[c]) for c in shown) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines))

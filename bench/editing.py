@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import sys
 import time
@@ -241,6 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for the table")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args()
     rows = []
     for name in options.models:
@@ -249,20 +249,8 @@ def main() -> None:
                 print(f"{name} {method}, batches of {batch}", file=sys.stderr)
                 rows.append(measure(name, method, batch, options))
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    about = common.machine("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "editing_cpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *about], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: common.text(value) for key, value in {**row, **about}.items()})
-    if options.json:
-        print(json.dumps({"machine": about, "rows": rows}, indent=1))
-        return
     shown = (*COLUMNS[:8], "targets_s", "official_targets_s", "solve_speedup")
-    lines = [shown, *(tuple(common.text(row[c]) for c in shown) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines))
+    common.report("editing", rows, COLUMNS, shown, options)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@
 #   OUT=folder bash bench/gpu_check.sh     where tables and logs go (default: bench/results)
 #   LIMIT=900 bash bench/gpu_check.sh      seconds for everything (default: 570)
 #
-# Needs python3 with torch, triton, pytest, hypothesis, pybind11, ninja and setuptools, and nvcc. Nothing is
-# downloaded; the card's settings are left alone. Every step has its own limit, its log <step>.log, and what it has
-# written when it is stopped is kept. The last lines are a summary; the exit status is that of the first step that failed.
+# Needs python3 with torch, triton, pytest, hypothesis, pybind11, ninja and setuptools, and nvcc; with transformers too,
+# memory editors and serving are measured. Nothing is downloaded; the card's settings are left alone. Every step has its
+# own limit, its log <step>.log, and what it has written when it is stopped is kept. The last lines are a summary; the
+# exit status is that of the first step that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -104,11 +105,20 @@ read -r -a stems <<<"$(python3 -c 'from fastedit.cli.bench import STEMS; print(*
 left=${#stems[@]}
 reserve=0
 [ -n "${TUNE:-}" ] && reserve=90
+whole=  # benchmarks of whole models need transformers
+if python3 -c 'import transformers' 2>/dev/null; then whole=yes reserve=$((reserve + 100)); fi
 for stem in "${stems[@]}"; do
   share=$(((total - SECONDS - reserve) / left))
   LINES_SHOWN=70 step "bench_$stem" $((share < 20 ? 20 : share)) python3 "bench/$stem.py" --device cuda --out "$out" "${extra[@]}"
   left=$((left - 1))
 done
+if [ -n "$whole" ]; then
+  LINES_SHOWN=6 step bench_memory_editing 50 python3 bench/memory_editing.py --device cuda --out "$out"
+  LINES_SHOWN=30 step bench_serving 50 python3 bench/serving.py --device cuda --out "$out" --models gpt2-small-shape \
+    --batches 1 64 --new-tokens 16 --repetitions 3
+else
+  summary+=("$(printf '%-22s %5s   not run: transformers is not installed' bench_serving -)")
+fi
 if [ -n "${TUNE:-}" ]; then
   LINES_SHOWN=40 step tune $((total - SECONDS)) python3 bench/tune.py --seconds $((total - SECONDS - 15)) --out "$out"
 fi

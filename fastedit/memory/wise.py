@@ -411,8 +411,9 @@ class WiseMemory(Memory):
         _, memories, _ = self.candidates
         x, bias = inputs.float(), self._bias
         bias = None if bias is None else bias.float()
-        index, result = routes.index.to(inputs.device)[:, None, None], outputs.float()
-        for number in routes.used:
+        index, (first, *others) = routes.index.to(inputs.device)[:, None, None], routes.used
+        result = F.linear(x, memories[first].weight, bias)
+        for number in others:
             result = torch.where(index == number, F.linear(x, memories[number].weight, bias), result)
         return result
 
