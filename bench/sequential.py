@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import logging
 import math
 import random
@@ -43,7 +44,6 @@ import fastedit
 from fastedit import Fact, NumericalError
 from fastedit.artefacts.plain import plain
 from fastedit.bench import sequential_report
-from fastedit.bench.counterfact import true_sentences
 from fastedit.data import Record, load_records
 from fastedit.editors.base import Editor, editor_class
 from fastedit.editors.locate_then_edit import LocateThenEdit
@@ -433,6 +433,13 @@ def _over_windows(evaluator: Evaluator, protocol: str, when: str, n_edits: int) 
     if not rows or len(rows) < len(evaluator.rows(protocol, "before")):
         return None
     return sum(row["sum"] for row in rows) / sum(row["count"] for row in rows)
+
+
+def true_sentences(path: str) -> list[str]:
+    """What the model was trained on: each record's fact and its neighbour's, as sentences."""
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    pairs = (("prompt", "ground_truth"), ("locality_prompt", "locality_ground_truth"))
+    return [f"{row[prompt]} {row[answer]}." for row in rows for prompt, answer in pairs]
 
 
 @functools.cache
