@@ -61,7 +61,12 @@ class Nse(MemitCache):
 
     State beside the model: the original bits of the edited projections (shared with the record of edits, if that
     has them), the keys of all facts, and the targets given to :meth:`optimise_targets`; for each layer a float64
-    factor of λC, d × d, and with p < 1 also λC itself.
+    factor of λC, d × d, and with p < 1 also λC itself and λC + C_p, from which the systems of few neurons are cut.
+
+    Attributes:
+        made_ahead: by text and target of a fact, what :meth:`optimise_targets` made. Another editor of the same model,
+            contexts and target settings may be given it.
+        routes: by layer, the way its last restricted solve took (:meth:`fastedit.ops.CovarianceFactor.route`).
     """
 
     Params = NseParams

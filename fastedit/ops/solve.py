@@ -336,7 +336,8 @@ class CovarianceFactor:
         layer: named in errors.
         inverse: keep λC and its inverse instead of the Cholesky factor; where refinement would not make up
             for C's condition, or C is not definite, the factor is kept all the same.
-        keep_matrix: keep λC beside its factor: :meth:`restricted` then gathers from it.
+        keep_matrix: keep λC beside its factor: :meth:`restricted` then gathers from it, and from a second
+            matrix with the keys appended once there are any.
 
     Raises:
         NumericalError: C is not finite, or neither Cholesky nor LU can factor it.
@@ -378,6 +379,10 @@ class CovarianceFactor:
             self._matrix = None
         self._dual = DualSolver(self.d, 1.0)
         self._latest: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+        self._batches: list[int] = []  # the rank after each append
+        self._folded: tuple[Tensor, int] | None = (
+            None  # λC + GGᵀ of the first batches, and how many keys these hold
+        )
 
     @property
     def rank(self) -> int:
@@ -431,11 +436,15 @@ class CovarianceFactor:
         """
         self._dual.append(*self._whitened(keys))
         self._latest = None
+        self._batches.append(self.rank)
 
     def truncate(self, k: int) -> None:
         """Keep the first ``k`` keys appended."""
         self._dual.truncate(k)
         self._latest = None
+        self._batches = [*(rank for rank in self._batches if rank < k), *([k] if k else [])]
+        if self._folded is not None and self._folded[1] > k:
+            self._folded = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What :meth:`append` stored; the factor itself follows from C and λ."""
@@ -444,6 +453,8 @@ class CovarianceFactor:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict` of a factor of the same C and λ that was kept in the same form."""
         self._dual.load_state_dict(state)
+        self._latest, self._folded = None, None
+        self._batches = [self.rank] if self.rank else []
 
     def restricted(self, keys: Tensor, selected: Tensor, ridge: float = 1.0) -> Tensor:
         """X_S (s, n), float64: :meth:`regularised` for an update whose columns outside S stay zero (NSE).
@@ -490,20 +501,18 @@ class CovarianceFactor:
         """
         u = self.d - s
         with_whole = 2 * self.d**2 + 4 * self.d * self.rank  # one solve with the whole factor
-        product = s * s * self.rank + (2 * s * s * self.d if self._matrix is None else 0)
+        product = s * s * (self.rank + 2 * self.d) if self._matrix is None else 0
         costs = {
             "gathered": product + s**3 / 3 + 2 * s * s * n,
             "complement": with_whole * (n + u) + u**3 / 3,
         }
         if self._matrix is not None:
-            costs["iterated"] = _CG_STEPS * (with_whole + 2 * s * s + 4 * s * self.rank) * n
+            costs["iterated"] = _CG_STEPS * (with_whole + 2 * s * s) * n
         return min(costs, key=lambda name: costs[name])
 
     def _solve_by_iteration(self, inner: Tensor, selected: Tensor) -> Tensor | None:
         """A_SS⁻¹ inner by conjugate gradients (Hestenes and Stiefel 1952), each column its own; None if too slow."""
-        assert self._matrix is not None
-        system = gather_square(self._matrix, selected)
-        kept = self._appended()[selected] if self.rank else None
+        system = gather_square(self._with_appended(), selected)
 
         def precondition(rest: Tensor) -> Tensor:
             padded = torch.zeros((self.d, rest.shape[1]), dtype=torch.float64, device=rest.device)
@@ -516,8 +525,6 @@ class CovarianceFactor:
         limit = _CG_TOLERANCE * inner.norm(dim=0)
         for _ in range(_CG_STEPS):
             image = system @ direction
-            if kept is not None:
-                image += kept @ (kept.T @ direction)
             step = size / (direction * image).sum(0).clamp_min(torch.finfo(torch.float64).tiny)
             solved += step * direction
             rest -= step * image
@@ -530,14 +537,14 @@ class CovarianceFactor:
 
     def _solve_gathered(self, inner: Tensor, selected: Tensor) -> Tensor:
         if self._matrix is not None:
-            system = gather_square(self._matrix, selected)
+            system = gather_square(self._with_appended(), selected)
         else:
             assert self._cholesky is not None
             rows = self._cholesky[selected]
             system = rows @ rows.T
-        if self.rank:
-            kept = self._appended()[selected]
-            system.addmm_(kept, kept.T)
+            if self.rank:
+                kept = self._appended()[selected]
+                system.addmm_(kept, kept.T)
         factor, info = torch.linalg.cholesky_ex(system)
         return torch.cholesky_solve(inner, factor) if int(info) == 0 else _divide(inner.T, system.T).T
 
@@ -557,9 +564,23 @@ class CovarianceFactor:
         Y = self._dual.apply(*self._whiten(right))
         return Y if self._cholesky is None else torch.linalg.solve_triangular(self._cholesky.T, Y, upper=True)
 
-    def _appended(self) -> Tensor:
-        """G: (d, r), from what the dual solver stores."""
-        stored = self._dual.features
+    def _with_appended(self) -> Tensor:
+        """λC + GGᵀ, (d, d) float64: a second matrix beside λC, to which each batch is added once, in order."""
+        assert self._matrix is not None
+        if not self.rank:
+            return self._matrix
+        matrix, held = self._folded or (self._matrix.clone(), 0)
+        for rank in self._batches:
+            if rank > held:
+                keys = self._appended(held, rank)
+                matrix.addmm_(keys, keys.T)
+                held = rank
+        self._folded = matrix, held
+        return matrix
+
+    def _appended(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """G: (d, r), from what the dual solver stores; or its columns from ``start`` to ``stop``."""
+        stored = self._dual.features[:, start:stop]
         if self._cholesky is not None:
             return self._cholesky @ stored
         assert self._matrix is not None

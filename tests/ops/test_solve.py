@@ -211,6 +211,26 @@ def test_iterated_solves_reach_the_tolerance_or_are_given_up(
         assert relative_error(inside @ solved, keys) < 1e-10
 
 
+def test_restricted_after_a_truncation_is_as_if_the_rest_had_never_been() -> None:
+    matrix = covariance(80, 1e4)
+    batches = [seen_keys(matrix, n, seed=n) for n in (5, 3, 4)]
+    keys, selected = seen_keys(matrix, 6, seed=9), torch.arange(0, 80, 2)
+    factor, fresh = (CovarianceFactor(matrix, 7.0, keep_matrix=True) for _ in range(2))
+    for batch in batches:
+        factor.append(batch)
+        factor.restricted(keys, selected)
+    for batch in batches[:2]:
+        fresh.append(batch)
+    factor.truncate(8)
+    assert torch.equal(factor.restricted(keys, selected), fresh.restricted(keys, selected))
+    factor.append(batches[2])
+    fresh.append(batches[2])
+    assert torch.equal(factor.restricted(keys, selected), fresh.restricted(keys, selected))
+    factor.truncate(0)
+    never = CovarianceFactor(matrix, 7.0, keep_matrix=True)
+    assert torch.equal(factor.restricted(keys, selected), never.restricted(keys, selected))
+
+
 def test_restricted_refuses_wrong_indices() -> None:
     factor = CovarianceFactor(covariance(6, 10.0))
     with pytest.raises(ValueError, match="indices from 0 to 5"):
