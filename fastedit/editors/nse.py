@@ -64,8 +64,8 @@ class Nse(MemitCache):
     factor of λC, d × d, and with p < 1 also λC itself and λC + C_p, from which the systems of few neurons are cut.
 
     Attributes:
-        made_ahead: by text and target of a fact, what :meth:`optimise_targets` made. Another editor of the same model,
-            contexts and target settings may be given it.
+        made_ahead: by text and target of a fact, what :meth:`optimise_targets` made. Another editor of the same
+            model, contexts and target settings may be given it.
         routes: by layer, the way its last restricted solve took (:meth:`fastedit.ops.CovarianceFactor.route`).
     """
 
