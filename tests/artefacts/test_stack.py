@@ -418,8 +418,12 @@ def test_ctrl_c_while_applying_waits_until_weights_are_whole(
 
     monkeypatch.setattr(stack, "write", interrupted)
     edit = make_edit(model)
-    with pytest.raises(KeyboardInterrupt):
-        stack_of(model).push(edit)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stack_of(model).push(edit)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(stack, "write", write)
     assert stack_of(model).edits == (edit,)
     assert_bits(model, expected(model, before, [edit]))
