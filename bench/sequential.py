@@ -63,10 +63,20 @@ AT_THE_END = ("easyedit.tf", "cf.prob", "wild", "drift.ppl", "drift.kl")
 ON_THE_WAY = ("easyedit.tf", "drift.ppl", "drift.kl")
 METHODS = ("ft-m", "rome", "memit", "alphaedit", "nse@0.8", "nse@1.0", "ultraedit")
 OPTIMISABLE_NLL = 0.5
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1; ValueError for anything else."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(text)
+    return value
+
+
 SUFFIXES: dict[
     str, tuple[str, Callable[[str], Any]]
 ] = {  # METHOD@SUFFIX: the parameter that the suffix gives
-    "nse": ("mass", float),
+    "nse": ("mass", share),
     "wise": ("retrieve", {"merge": False, "retrieve": True}.__getitem__),
 }
 BROKEN = (NumericalError, torch.linalg.LinAlgError)

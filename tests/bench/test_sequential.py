@@ -148,7 +148,8 @@ def test_a_method_that_breaks_is_scored_as_it_was_left(
 
 
 def test_wrong_variants_are_named() -> None:
-    with pytest.raises(SystemExit, match="only nse takes @MASS"):
-        sequential.variants_of(["memit@0.8"], False)
+    for name in ("memit@0.8", "nse@1.5", "nse@many", "wise@both"):
+        with pytest.raises(SystemExit, match=f"{name}' is none of the variants nse@MASS"):
+            sequential.variants_of([name], False)
     with pytest.raises(ValueError, match="there is no method 'memo'"):
         sequential.variants_of(["memo"], True)
