@@ -165,8 +165,7 @@ class UpperPass:
         """(targets, vocabulary) fp32, at the positions that predict :attr:`target`; see :meth:`losses`."""
         moved = self._states.float() + (self._contribution(outputs).float() - self._added)
         hidden = moved.to(self._states.dtype)
-        out = self.runner.run(self._calls, hidden, self.layer + 1, self.description.n_layers)
-        flat = out.reshape(-1, out.shape[-1])[self._scored.to(out.device)]
+        flat = self.runner.states_at(self._calls, hidden, self.layer + 1, self._scored)
         return F.log_softmax(self.runner.logits(flat).float(), dim=-1)
 
     def _contribution(self, outputs: Tensor) -> Tensor:

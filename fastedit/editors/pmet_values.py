@@ -295,9 +295,9 @@ def _forward(
         description.attention_projection(layer).register_forward_hook(_adding(attention)),
         description.projection(layer).module.register_forward_hook(_adding(mlp)),
     ):
-        out = runner.run(batch.calls, batch.states, layer, description.n_layers)
-    wanted = torch.cat((batch.scored, batch.neutral)).to(out.device)
-    log_p = F.log_softmax(runner.logits(out.flatten(0, 1)[wanted]).float(), dim=-1)
+        out = runner.run(batch.calls, batch.states, layer, layer + 1)
+    wanted = torch.cat((batch.scored, batch.neutral))
+    log_p = F.log_softmax(runner.logits(runner.states_at(batch.calls, out, layer + 1, wanted)).float(), dim=-1)
     split, place = len(batch.scored), log_p.device
     owner = batch.owner.to(place)
     picked = log_p[:split].gather(1, batch.token.to(place)[:, None])[:, 0]

@@ -372,12 +372,10 @@ def _forward(
     runner: BlockRunner, batch: _Rows, delta: Tensor, objective: ValueObjective, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per fact: negative log-likelihood (n,), KL (n,) and log-probabilities (n, vocabulary) at the neutral prompt."""
-    rows, length, _ = batch.states.shape
     moved = batch.states[:, 0].float() + _reaching(runner, batch, delta, objective)
     hidden = torch.cat((moved.to(batch.states.dtype)[:, None], batch.states[:, 1:]), 1)
-    out = runner.run(batch.calls, hidden, objective.layer + 1, runner.description.n_layers)
-    wanted = torch.cat((batch.scored, batch.neutral)).to(out.device)
-    logits = runner.logits(out.reshape(rows * length, -1)[wanted]).float()
+    wanted = torch.cat((batch.scored, batch.neutral))
+    logits = runner.logits(runner.states_at(batch.calls, hidden, objective.layer + 1, wanted)).float()
     if reference is not None:
         reference = reference.to(logits.device)
     picked, divergence, log_p = token_losses(logits, batch.token.to(logits.device), reference)

@@ -178,6 +178,28 @@ class BlockRunner:
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
+    def states_at(self, calls: BlockCalls, hidden: Tensor, start: int, wanted: Tensor) -> Tensor:
+        """Run all blocks from ``start`` up and return what leaves the last one at some positions.
+
+        The last block's MLP, which looks at each position by itself, is run at these positions only.
+
+        Args:
+            calls: the blocks' arguments.
+            hidden: (rows, length, hidden), at the entry of block ``start``; with ``start`` behind the last block,
+                what left that.
+            start: the first block to run.
+            wanted: (m,) int64, distinct flat positions row · length + column.
+
+        Returns:
+            (m, hidden), before the final norm.
+        """
+        last = self.description.n_layers - 1
+        if start <= last:
+            hidden = self.run(calls, hidden, start, last)
+            with self._mlp_only_at(last, wanted.to(hidden.device)):
+                hidden = self.run(calls, hidden, last, last + 1)
+        return hidden.reshape(-1, hidden.shape[-1])[wanted.to(hidden.device)]
+
     def projection_input(self, calls: BlockCalls, hidden: Tensor, layer: int) -> Tensor:
         """Run block ``layer`` up to its MLP output projection and return the projection's input.
 
@@ -204,6 +226,25 @@ class BlockRunner:
         return self.description.logits(self.description.final_norm(hidden))
 
     # -- details ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _mlp_only_at(self, layer: int, wanted: Tensor) -> Iterator[None]:
+        """Inside, the MLP of a block is run at these flat positions only and adds nothing elsewhere."""
+        try:
+            mlp = self.description.mlp(layer)
+        except UnsupportedModel:  # its parts are not in a module of their own: it runs everywhere
+            yield
+            return
+        whole = mlp.forward
+
+        def forward(hidden: Tensor) -> Tensor:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            part: Tensor = whole(flat[wanted.to(flat.device)][None])
+            out = part.new_zeros(len(flat), part.shape[-1]).index_copy(0, wanted.to(part.device), part[0])
+            return out.reshape(*hidden.shape[:-1], -1)
+
+        with _replaced_forward([mlp], forward):
+            yield
 
     def _block_returns(self, with_cache: bool) -> tuple[Any, ...] | None:
         """What a block returns behind its hidden states: None for a bare tensor, else the tuple's rest."""

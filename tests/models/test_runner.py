@@ -72,6 +72,23 @@ def test_upper_blocks_after_a_frozen_prefix_equal_the_model(runner: BlockRunner)
     assert torch.equal(again, hidden), "the prefix must not grow from one run to the next"
 
 
+def test_states_at_some_positions_are_those_of_the_whole_run(runner: BlockRunner) -> None:
+    """In values and gradients, though the last MLP sees these positions only."""
+    runner.model.double()  # gradients through norms amplify rounding
+    ids, mask, positions = pad_batch(ROWS, 0)
+    calls = runner.capture(ids, mask, positions)
+    n, wanted = runner.description.n_layers, torch.tensor([7, 2, 13])
+    for start in (0, n - 1, n):
+        entry = calls.embedded.detach().clone().requires_grad_()
+        with frozen(runner.model):
+            found = runner.states_at(calls, entry, start, wanted)
+            (gradient,) = torch.autograd.grad(found.square().sum(), entry)
+            whole_run = runner.run(calls, entry, start, n).reshape(-1, entry.shape[-1])[wanted]
+            (expected,) = torch.autograd.grad(whole_run.square().sum(), entry)
+        torch.testing.assert_close(found, whole_run, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_projection_input_is_what_the_projection_sees(runner: BlockRunner) -> None:
     ids, mask, positions = pad_batch(ROWS[:1], 0)
