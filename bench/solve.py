@@ -16,10 +16,11 @@ import torch
 from fastedit.bench import common
 from fastedit.ops import CovarianceFactor, Projector, RidgeSolver, ridge_factors
 
-OPS = ("alphaedit", "memit", "ultraedit")
+OPS = ("alphaedit", "memit", "nse", "ultraedit")
 DTYPES = ("float64", "float32")
 
 FULL = {"d": 4096, "n": 100, "earlier": 2000, "removed": 40, "d_out": 4096}
+SEQUENCE = {"d": 3072, "n": 10, "earlier": 1000, "removed": 40}  # a layer of GPT-2 small, far into a sequence
 QUICK = {"d": 512, "n": 16, "earlier": 128, "removed": 8, "d_out": 256}
 LAMBDA_2, LAMBDA = 10.0, 15000.0
 TOLERANCE = 1e-9
@@ -89,7 +90,16 @@ def alphaedit(size: dict[str, int], device: str) -> common.Problem:
         B = torch.cholesky_solve(F, factor)
         return torch.linalg.solve(torch.eye(n, device=device, dtype=torch.float64) + F.T @ B, B, left=False)
 
+    whole = solvers[common.OURS + "fp64"]
+
+    def batch() -> torch.Tensor:
+        """The keys of the batch before are appended, those of this one solved for."""
+        whole.truncate(earlier - n)
+        whole.append(G[:, earlier - n :])
+        return fresh(whole.solve, K)
+
     runs: dict[str, Callable[[], Any]] = {name: partial(fresh, s.solve, K) for name, s in solvers.items()}
+    runs[common.OURS + "fp64, append and solve"] = batch
     runs |= {"official, fp32 LU of d x d": official, "resident Cholesky factor, fp64": resident}
     reference = torch.linalg.solve(metric + F @ F.T, F)
     errors = {name: error_of(run(), reference, F, factor.T) for name, run in runs.items()}
@@ -135,6 +145,41 @@ def memit(size: dict[str, int], device: str) -> common.Problem:
     return common.Problem("memit", f"d{d} n{n}", "float64", runs, errors, 8 * (d * d / 2 + 2 * d * n), flops)
 
 
+def nse(size: dict[str, int], device: str) -> common.Problem:
+    """With all neurons: MEMIT's system with the keys of earlier batches; each batch's are appended after it."""
+    d, n, earlier = size["d"], size["n"], size["earlier"]
+    basis, values = spectrum(d, 1, device)
+    C = (basis * values) @ basis.T
+    C = (C + C.T) / 2
+    G, K = random_keys(d, earlier, 6, device), random_keys(d, n, 7, device)
+    factor = CovarianceFactor(C, LAMBDA)
+    factor.append(G)
+    wide, C_p = K.double(), G.double() @ G.double().T
+
+    def batch() -> torch.Tensor:
+        """The keys of the batch before are appended, those of this one solved for."""
+        factor.truncate(earlier - n)
+        factor.append(G[:, earlier - n :])
+        return fresh(factor.regularised, K)
+
+    def official() -> torch.Tensor:
+        return torch.linalg.solve(LAMBDA * C + C_p + wide @ wide.T, wide)
+
+    runs: dict[str, Callable[[], Any]] = {
+        common.OURS + "append and solve": batch,
+        common.OURS + "solve": lambda: fresh(factor.regularised, K),
+        "official, fp64 LU of d x d": official,
+    }
+    system = LAMBDA * C + C_p
+    reference = torch.linalg.solve(system + wide @ wide.T, wide)
+    root = torch.linalg.cholesky(system).T
+    errors = {name: error_of(run(), reference, K, root) for name, run in runs.items()}
+    checked(errors, dict.fromkeys(runs, 1e-6))
+    flops = 2 * (2 * d * d * n + 4 * d * earlier * n + earlier * earlier * n)
+    n_bytes = 2 * 8 * (d * d / 2 + earlier * d + earlier**2 / 2)
+    return common.Problem("nse", f"d{d} n{n} earlier{earlier}", "float64", runs, errors, n_bytes, flops)
+
+
 def ultraedit(size: dict[str, int], tokens: int, device: str) -> common.Problem:
     d, d_out = size["d"], size["d_out"]
     H = random_keys(d, tokens, 4, device).T.contiguous()
@@ -168,8 +213,10 @@ def ultraedit(size: dict[str, int], tokens: int, device: str) -> common.Problem:
 
 def problems(device: str, quick: bool) -> Iterator[common.Problem]:
     size = QUICK if quick else FULL
-    yield alphaedit(size, device)
-    yield memit(size, device)
+    for each in (size,) if quick else (size, SEQUENCE):
+        yield alphaedit(each, device)
+        yield memit(each, device)
+        yield nse(each, device)
     for tokens in (size["n"], 3 * size["n"]):  # one token of an answer for each edit, or three
         yield ultraedit(size, tokens, device)
 

@@ -675,20 +675,38 @@ class Projector:
         d, v = self.vectors.shape
         return d - v if self.removed else v
 
+    @property
+    def width(self) -> int:
+        """The number of :meth:`coordinates`."""
+        d, v = self.vectors.shape
+        return d if self.removed else v
+
     def __call__(self, keys: Tensor) -> Tensor:
         """P K: (d, n), float64."""
+        return self.expand(self.coordinates(keys))
+
+    def coordinates(self, keys: Tensor) -> Tensor:
+        """P K in the basis of what P keeps, VᵀK (v, n); P K itself (d, n) if V is what P removes. Float64.
+
+        Products of such columns with each other are those of P K.
+        """
         keys = keys.double()
-        inside = self.vectors @ (self.vectors.T @ keys)
-        return keys - inside if self.removed else inside
+        inside = self.vectors.T @ keys
+        return keys - self.vectors @ inside if self.removed else inside
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """The columns (d, n) that have these coordinates."""
+        return coordinates if self.removed else self.vectors @ coordinates
 
 
 class RidgeSolver:
     """X = (εI + P G GᵀP + P K KᵀP)⁻¹ P K for keys K and the earlier keys G: AlphaEdit's system with ε = λ₂.
 
     AlphaEdit solves (P(K Kᵀ + G Gᵀ) + λ₂I) Xᵀ = P K Rᵀ; as P is a projection its solution is Δ = R Xᵀ with this
-    X. Up to ``primal_from`` keys the solve is that of :class:`DualSolver`; beyond, where the r × r system is no
-    longer the small one, the (d, d) inverse Σ of εI + P G GᵀP is kept, Y = εΣF, and appending a batch is a
-    downdate of Σ, computed afresh from the keys every 50 batches.
+    X. Where P keeps few directions, all of this is done in their coordinates (:meth:`Projector.coordinates`). Up to
+    ``primal_from`` keys the solve is that of :class:`DualSolver`; beyond, where the r × r system is no longer the
+    small one, the inverse Σ of εI + P G GᵀP is kept, Y = εΣF, and appending a batch is a downdate of Σ, computed
+    afresh from the keys every 50 batches.
 
     Args:
         d: the width of keys.
@@ -711,8 +729,11 @@ class RidgeSolver:
     ) -> None:
         self.projector = projector
         dimension = d if projector is None else projector.dimension
+        if dimension == 0:
+            raise ValueError("RidgeSolver: the projector keeps no direction, so there is nothing to solve for")
         self.primal_from = max(1, dimension // 2) if primal_from is None else primal_from
-        self._dual = DualSolver(d, ridge, dtype=dtype, device=device)
+        width = d if projector is None else projector.width
+        self._dual = DualSolver(width, ridge, dtype=dtype, device=device)
         self._inverse: Tensor | None = None  # Σ, once there are primal_from keys
         self._later: list[Tensor] = []  # features appended since; Σ stands for them and for those of the dual
         self._latest: tuple[Tensor, int, Tensor] | None = None
@@ -724,7 +745,7 @@ class RidgeSolver:
 
     @property
     def features(self) -> Tensor:
-        """P G: (d, r)."""
+        """Coordinates of P G: (width, r)."""
         return torch.cat([self._dual.features, *self._later], dim=1) if self._later else self._dual.features
 
     def solve(self, keys: Tensor) -> Tensor:
@@ -734,7 +755,8 @@ class RidgeSolver:
             Y, factor = self._dual.solve(features)
         else:
             Y, factor = self._solve_primal(features)
-        return torch.cholesky_solve(Y.T, factor).T
+        X = torch.cholesky_solve(Y.T, factor).T
+        return X if self.projector is None else self.projector.expand(X)
 
     def append(self, keys: Tensor) -> None:
         """Store a batch. Errors as :meth:`DualSolver.append`; nothing is stored then."""
@@ -762,7 +784,7 @@ class RidgeSolver:
         self._switch()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of everything needed to go on: that of the dual solver, and ``later`` (d, r′)."""
+        """Copies of everything needed to go on: that of the dual solver, and ``later`` (width, r′)."""
         return {**self._dual.state_dict(), "later": self.features[:, self._dual.rank :].clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -776,11 +798,13 @@ class RidgeSolver:
         self._switch()
 
     def _projected(self, keys: Tensor) -> Tensor:
-        """P K in float64, remembered for the latest keys."""
+        """Coordinates of P K in float64, remembered for the latest keys."""
         if self._latest is None or self._latest[0] is not keys or self._latest[1] != keys._version:
             check.is_tensor("RidgeSolver", keys=keys)
             check.matrix("RidgeSolver", keys=keys)
-            features = keys.double() if self.projector is None else self.projector(keys)
+            d = self._dual.d if self.projector is None else len(self.projector.vectors)
+            check.shape("RidgeSolver", (d, keys.shape[1]), "to fit d", keys=keys)
+            features = keys.double() if self.projector is None else self.projector.coordinates(keys)
             self._latest = (keys, keys._version, features)
         return self._latest[2]
 

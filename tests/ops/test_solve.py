@@ -284,6 +284,21 @@ def test_ridge_solver_is_the_published_system(primal_from: int | None, threshold
         solver.truncate(15)
 
 
+def test_a_solver_works_in_the_coordinates_of_few_directions() -> None:
+    matrix = covariance(60, 1e6)
+    projector = Projector.from_second_moment(matrix, 1e-5)
+    assert not projector.removed
+    keys = random(60, 4, dtype=FP64)
+    torch.testing.assert_close(projector.expand(projector.coordinates(keys)), projector(keys))
+    solver = RidgeSolver(60, 1.0, projector=projector)
+    solver.append(keys)
+    assert solver.features.shape == (projector.dimension, 4)
+    with pytest.raises(ValueError, match=r"keys must have shape \(60, 4\)"):
+        solver.solve(keys[:50])
+    with pytest.raises(ValueError, match="keeps no direction"):
+        RidgeSolver(60, 1.0, projector=Projector.from_second_moment(matrix, 0.0))
+
+
 def test_a_primal_solver_is_rebuilt_and_refuses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "_REBUILD", 2)
     solver, dual = RidgeSolver(20, 1.0, primal_from=1), DualSolver(20, 1.0)
