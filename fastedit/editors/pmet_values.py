@@ -297,7 +297,9 @@ def _forward(
     ):
         out = runner.run(batch.calls, batch.states, layer, layer + 1)
     wanted = torch.cat((batch.scored, batch.neutral))
-    log_p = F.log_softmax(runner.logits(runner.states_at(batch.calls, out, layer + 1, wanted)).float(), dim=-1)
+    log_p = F.log_softmax(
+        runner.logits(runner.states_at(batch.calls, out, layer + 1, wanted)).float(), dim=-1
+    )
     split, place = len(batch.scored), log_p.device
     owner = batch.owner.to(place)
     picked = log_p[:split].gather(1, batch.token.to(place)[:, None])[:, 0]

@@ -730,7 +730,9 @@ class RidgeSolver:
         self.projector = projector
         dimension = d if projector is None else projector.dimension
         if dimension == 0:
-            raise ValueError("RidgeSolver: the projector keeps no direction, so there is nothing to solve for")
+            raise ValueError(
+                "RidgeSolver: the projector keeps no direction, so there is nothing to solve for"
+            )
         self.primal_from = max(1, dimension // 2) if primal_from is None else primal_from
         width = d if projector is None else projector.width
         self._dual = DualSolver(width, ridge, dtype=dtype, device=device)
