@@ -197,6 +197,11 @@ class Memory(ABC):
         Raises:
             FasteditError: the method cannot tell them apart.
         """
+        if state.id == gone.id:
+            raise FasteditError(
+                f"the state before {gone!r} is not kept any more: only the newest edit of a {cls.method} memory can "
+                "be taken off by itself. Revert all of it, or apply a saved edit anew"
+            )
         raise FasteditError(
             f"{gone!r} cannot be taken off by itself: later edits of the {cls.method} memory were trained on top of "
             "it. Revert those first, newest first, or all of it"

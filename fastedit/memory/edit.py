@@ -113,7 +113,10 @@ class MemoryEdit(Applied):
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits by content: method, facts, settings, what was learned and time of making."""
+        """Twelve hexadecimal digits by content: method, facts, settings, what was learned and time of making.
+
+        It stays when an edit beneath is taken out of the content.
+        """
         if not self._id:
             facts = [fact.as_dict() for fact in self.facts]
             head = [
@@ -155,6 +158,12 @@ class MemoryEdit(Applied):
         """Drop the content, which later edits have carried on."""
         _ = self.id
         self.tensors = None
+
+    def take_over(self, content: tuple[dict[str, Tensor], dict[str, Any]], without: MemoryEdit) -> None:
+        """Hold what :meth:`fastedit.memory.Memory.without` left of a memory; the id stays."""
+        _ = self.id
+        self.tensors, self.about = content
+        self.beneath = tuple(each for each in self.beneath if each != without.id)
 
     @property
     def place(self) -> str:

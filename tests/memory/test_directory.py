@@ -135,7 +135,7 @@ def test_a_whole_state_is_taken_out_from_the_top(folder: Path) -> None:
     for edit in edits:
         apply_to_directory(edit, folder)
     assert torch.equal(logits(fastedit.load_model(folder)), logits(model))
-    with pytest.raises(FasteditError, match="was trained on top of it"):
+    with pytest.raises(FasteditError, match="were trained on top of it"):
         revert_directory(folder, edits[0].id)
     assert len(list_directory(folder)) == 2
     revert_directory(folder)
