@@ -18,8 +18,8 @@ model, from the same records.
 
 Memory editors (grace, defer, wise@merge, wise@retrieve) leave the weights alone: their norms do not change.
 
-With --known the records are of another data set (zsRE, WISE's hallucination set), which the model need not know. Those
-that do not fit the model's context are left out, and the numbers of both are kept in shared.json.
+With --known the records are of another data set (zsRE, WISE's hallucination set), whose facts are new to the model;
+those that do not fit its context are left out, and shared.json has both counts.
 
 Settings are read from SETTINGS_DIR/MODEL_NAME.json, NAME as given or without its @ part; else they are the method's
 own for the model's shape.
