@@ -3,6 +3,7 @@
     python bench/sequential.py --model MODEL_DIR --records records.json
     python bench/sequential.py --model MODEL_DIR --records records.json --methods ft-m memit nse@0.8 --norm-control
     python bench/sequential.py --model MODEL_DIR --records records.json --table-only
+    python bench/sequential.py --model MODEL_DIR --records zsre.json.gz --known records.json --out zsre
 
 A run is one method (and variant) in one order of the records. Facts are edited in batches, never undoing any; ROME
 edits the facts of a batch one after the other. At the checkpoints all facts edited so far are scored (retention), at
@@ -16,6 +17,9 @@ negative log-likelihood of 0.5 on the unedited model. A variant "+norm" has the 
 model, from the same records.
 
 Memory editors (grace, defer, wise@merge, wise@retrieve) leave the weights alone: their norms do not change.
+
+With --known the records are of another data set (zsRE, WISE's hallucination set), whose facts are new to the model;
+those that do not fit its context are left out, and shared.json has both counts.
 
 Settings are read from SETTINGS_DIR/MODEL_NAME.json, NAME as given or without its @ part; else they are the method's
 own for the model's shape.
@@ -62,6 +66,7 @@ HERE = Path(__file__).parent
 AT_THE_END = ("easyedit.tf", "cf.prob", "wild", "drift.ppl", "drift.kl")
 ON_THE_WAY = ("easyedit.tf", "drift.ppl", "drift.kl")
 METHODS = ("ft-m", "rome", "memit", "alphaedit", "nse@0.8", "nse@1.0", "ultraedit")
+CONTEXT_ROOM = 24  # tokens for what editors put in front of a prompt
 OPTIMISABLE_NLL = 0.5
 
 
@@ -110,6 +115,7 @@ class Options:
     batch_size: int
     checkpoints: tuple[int, ...]
     text: str | None
+    known: str | None = None  # the records that the model knows, if those to edit are others
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,8 @@ class Study:
         self.name = Path(options.model).resolve().name
         self.model, self.tokenizer = load_model(options.model)
         loaded = load_records(options.records)
-        self.records: list[Record] = list(loaded[: options.limit])
+        usable = list(loaded) if options.known is None else [r for r in loaded if self.fits(r)]
+        self.records: list[Record] = usable[: options.limit]
         self.about: dict[str, Any] = {
             "model": self.name,
             "data": Path(options.records).name,
@@ -156,10 +163,23 @@ class Study:
             "fastedit": fastedit.__version__,
             "torch": str(torch.__version__),
         }
+        if options.known is not None:
+            self.about |= {"in_file": len(loaded), "fitting": len(usable), "known": Path(options.known).name}
+            print(f"{len(usable)} of {len(loaded)} records fit the model's context", flush=True)
         self.about["memit"] = self.params(Variant("memit"))  # which records are optimisable depends on it
         self._statistics: dict[int, Any] = {}
         self._before: Before | None = None
         self._made_ahead: dict[str, Any] = {}
+
+    def fits(self, record: Record) -> bool:
+        """Whether each of a record's texts, and room for editors' contexts, is within the model's context."""
+        limit = describe(self.model).context_length
+        asked = [(fact.text, [fact.target_new]) for fact in record.facts]
+        asked += [(text, [record.fact.target_new]) for text in record.rephrase]
+        asked += [(item.prompt, item.answers) for items in record.locality.values() for item in items]
+        texts = [f"{prompt} {answer}" for prompt, answers in asked for answer in answers or [""]]
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        return limit is None or max(lengths) + CONTEXT_ROOM <= limit
 
     # -- editors ------------------------------------------------------------------------------------
 
@@ -210,7 +230,7 @@ class Study:
         """Second moments of keys over the records' true sentences."""
         missing = [layer for layer in layers if layer not in self._statistics]
         if missing:
-            texts = true_sentences(self.options.records)
+            texts = true_sentences(self.options.known or self.options.records)
             found = collect(self.model, self.tokenizer, texts, layers=missing, n_tokens=10**6, progress=False)
             self._statistics.update(found)
         return {layer: self._statistics[layer] for layer in layers}
@@ -280,7 +300,7 @@ class Study:
         """The text that perplexity is measured on: that given, or the true sentences that are never edited."""
         if self.options.text is not None:
             return Path(self.options.text).read_text(encoding="utf-8")
-        return "\n".join(true_sentences(self.options.records)[1::2])
+        return "\n".join(true_sentences(self.options.known or self.options.records)[1::2])
 
     # -- scores -------------------------------------------------------------------------------------
 
@@ -494,6 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.batch_size,
         tuple(args.checkpoints),
         args.text,
+        args.known,
     )
     if not args.table_only:
         variants = variants_of(args.methods, args.norm_control)
@@ -539,6 +560,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a causal language model")
     add("--records", required=True, metavar="FILE", help="flat CounterFact records that the model knows")
+    add(
+        "--known",
+        metavar="FILE",
+        help="then --records may be of any data set, and this one has the records that the model knows",
+    )
     add(
         "--methods",
         nargs="+",

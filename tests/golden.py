@@ -73,10 +73,18 @@ class GoldenCase:
         with np.load(self.folder / index.get("null_space", "nullspace_P.npz")) as stored:
             return {layer: torch.from_numpy(stored[f"P_L{layer}"]) for layer in self.data["layers"]}
 
-    def load_model(self) -> tuple[Any, Any]:
+    def load_model(self, *, eager: bool = False) -> tuple[Any, Any]:
+        """The model, with plain attention if ``eager``, and its tokenizer."""
+        from transformers import AutoModelForCausalLM
+
         from fastedit.models.loading import load_model
 
-        return load_model(str(self.model_folder), device="cpu")
+        model, tokenizer = load_model(str(self.model_folder), device="cpu")
+        if eager:
+            plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+            plain.to(model.dtype).load_state_dict(model.state_dict())
+            model = plain.eval()
+        return model, tokenizer
 
 
 def fact_of(request: dict[str, Any]) -> Fact:

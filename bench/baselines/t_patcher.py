@@ -7,6 +7,7 @@ both matrices of an MLP without a gate; to serve gated ones as well the keys' si
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class PlainTPatcher:
         held_out: the same, for validation.
         official: margins 0, labels smoothed, each example eight times.
         seed: of the values.
+        steps: taken for each fact that was wrong.
+        seconds: spent in ``forward``, ``backward`` and ``update`` of the training steps.
     """
 
     model: Any
@@ -48,6 +51,7 @@ class PlainTPatcher:
     official: bool = False
     seed: int = 0
     steps: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         description = describe(self.model)
@@ -61,6 +65,12 @@ class PlainTPatcher:
         self.margins = (0.0, 0.0, 0.0) if self.official else (self.settings.activation_margin, *margins[1:])
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def patched(self, keys: Tensor, bias: Tensor, values: Tensor) -> Iterator[list[Tensor]]:
@@ -138,10 +148,13 @@ class PlainTPatcher:
         unseen: list[float] = []
         for step in range(1, s.steps + 1):
             optimiser.zero_grad()
-            task, active, quiet, _ = run(self.memories)
-            (task + s.activation_weight * active + s.memory_weight * quiet).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 5.0)
-            optimiser.step()
+            with self.stage("forward"):
+                task, active, quiet, _ = run(self.memories)
+            with self.stage("backward"):
+                (task + s.activation_weight * active + s.memory_weight * quiet).backward()
+            with self.stage("update"):
+                torch.nn.utils.clip_grad_norm_(trained, 5.0)
+                optimiser.step()
             if step % s.check_every == 0:
                 with torch.no_grad():
                     task, _, quiet, right = run(self.held_out)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import platform
-import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import BaseMismatch, FasteditError
+from ..errors import BaseMismatch
 from ..facts import Fact
 from ..models.fingerprint import weight_digest
+from .applied import Applied
 from .factors import Change, LowRank
 from .plain import plain
 
@@ -84,7 +84,7 @@ def _now() -> str:
 
 
 @dataclass(eq=False)
-class Edit:
+class Edit(Applied):
     """A batch of facts written into a model, in factored form.
 
     An editor makes one with its facts and factors and hands it to :meth:`Transaction.commit`, which fills in
@@ -125,7 +125,6 @@ class Edit:
     created: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=_versions)
     _id: str = field(default="", repr=False)
-    _models: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
     _originals: Originals | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -285,26 +284,6 @@ class Edit:
         if model is None:
             model = self._only_model()
         stack_of(model).remove(self)
-
-    def applied_to(self) -> list[nn.Module]:
-        """The living models it is applied to."""
-        models = [model for ref in self._models if (model := ref()) is not None]
-        self._models = [weakref.ref(model) for model in models]
-        return models
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_models": []}  # a copy is applied to nothing
-
-    def _only_model(self) -> nn.Module:
-        models = self.applied_to()
-        if len(models) != 1:
-            count = "no model" if not models else f"{len(models)} models"
-            raise FasteditError(f"{self!r} is applied to {count}: name the model, edit.revert(model)")
-        return models[0]
-
-    def _note(self, model: nn.Module, applied: bool) -> None:
-        others = [other for other in self.applied_to() if other is not model]
-        self._models = [weakref.ref(one) for one in [*others, *([model] if applied else [])]]
 
     # -- on disk ------------------------------------------------------------------------------------
 

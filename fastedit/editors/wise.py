@@ -129,8 +129,9 @@ class WiseParams:
 class Wise(MemoryEditor):
     """Trains W' ← W' − η (M ∘ ∂J/∂W' + decay · W') for J = loss of the answer + routing loss, one fact at a time.
 
-    The model's own weights are never written. An edit holds the whole memory after it: the newest can be reverted by
-    itself; taking off all of them gives back the model as it was.
+    The model's own weights are never written. An edit holds the whole memory after it. The newest can be reverted by
+    itself, and so can an older one whose facts fill memories of their own; taking off all gives back the model as it
+    was.
 
     Args:
         model, tokenizer, **options: as for :class:`Editor`.

@@ -3,7 +3,8 @@
 The published loop runs the whole model on all rows in every step. Below the edited projection nothing depends on the
 side memory, so that part is run once a fact: the projection's inputs, its original outputs and the residual stream
 beside it are kept. A step is then one product with the side memory, the blocks above on the edit rows alone, and the
-head where an answer token is predicted. Differentiated is the projection's output, never a weight.
+head where an answer token is predicted; in the last block the other positions only give keys and values.
+Differentiated is the projection's output, never a weight.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidFact
 from ..facts import Fact
-from ..models.runner import BlockCalls, BlockRunner
+from ..models.runner import BlockCalls, BlockRunner, RowEnds
 from ..models.tokens import encode_prompt, leading_specials, pad_batch, pad_id, target_ids
 from .token_losses import token_nll
 
@@ -70,6 +71,12 @@ class TrainingRows:
     subjects: list[tuple[Tensor, Tensor] | None]
 
     @property
+    def scored_at(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of :attr:`scored`."""
+        length = self.ids.shape[1]
+        return self.scored // length, self.scored % length
+
+    @property
     def n_edit_rows(self) -> int:
         """Rows before the irrelevant ones."""
         return len(self.ids) - self.n_facts
@@ -104,7 +111,7 @@ def training_rows(
         raise InvalidFact(
             f"a training row of {facts[0].text!r} takes {longest} tokens, the model's context holds {limit}"
         )
-    ids, mask, positions = pad_batch(rows, pad_id(tokenizer), "left" if options.official else "right")
+    ids, mask, positions = pad_batch(rows, pad_id(tokenizer), "left")  # so that all labels stand at the end
     if options.official:
         positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
         # the published code finds pads by their id, wherever they stand
@@ -112,10 +119,10 @@ def training_rows(
         if not options.whole_text:
             labels[:, : max(map(len, prompts))] = IGNORED
     else:
-        starts = [1 if options.whole_text else len(prompt) for prompt in prompts]
         labels = torch.full_like(ids, IGNORED)
-        for row, start in enumerate(starts):
-            labels[row, start : len(rows[row])] = ids[row, start : len(rows[row])]
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=False)):
+            start = longest - len(row) + (1 if options.whole_text else len(prompt))
+            labels[number, start:] = ids[number, start:]
     labels = labels[: len(prompts)]
     scored, wanted, weights = _scored(labels, options.official)
     counted = torch.ones_like(mask) if options.official else mask
@@ -278,9 +285,29 @@ class FrozenRows:
         self.outputs = self.project(base)
         self._activated: tuple[Callable[[Tensor], Tensor], Tensor] | None = None  # σ, and σ(W₀x)
         if with_suffix:
-            n = rows.n_edit_rows
-            self.beside = beside[:n]
-            self.calls = runner.capture(ids[:n], mask[:n], positions[:n])
+            self._prepare_suffix(ids, mask, positions, beside)
+
+    def _prepare_suffix(self, ids: Tensor, mask: Tensor, positions: Tensor, beside: Tensor) -> None:
+        """Prepare the edit rows above the projection, up to the last label; the last block at labels only.
+
+        As published, a label may be predicted at padding, which attends to everything: such rows are run whole.
+        """
+        n, (row, column) = self.rows.n_edit_rows, self.rows.scored_at
+        start, stop = 0, ids.shape[1]
+        if len(column) and bool(self.rows.mask[row, column].all()):
+            start, stop = int(column.min()), int(column.max()) + 1
+        above = [tensor[:n, :stop] for tensor in (ids, mask, positions)]
+        self.beside = beside[:n, :stop]
+        self.calls = self.runner.capture(*above)
+        self.ends: RowEnds | None = None
+        last = self.layer == self.runner.description.n_layers - 1
+        if not last and 2 * start >= stop and not self.runner.tuple_cache:
+            self.ends = RowEnds(self.runner, *above, start)
+            column, stop = column - start, stop - start
+        self.scored = (row * stop + column).to(beside.device)
+        tokens = self.rows.tokens
+        self.n_edit_tokens = int((tokens < n * ids.shape[1]).sum())
+        self.places = tokens[: self.n_edit_tokens].to(beside.device)
 
     def project(self, weight: Tensor) -> Tensor:
         """(t, d_out) fp32: the projection's output under a weight (d_out, d_in) fp32, bias included."""
@@ -321,15 +348,17 @@ class FrozenRows:
     def _answer_loss(self, outputs: Tensor) -> Tensor:
         """Cross-entropy of the labels, each by its weight."""
         n, length = self.rows.n_edit_rows, self.rows.ids.shape[1]
-        tokens = self.rows.tokens.to(outputs.device)
-        edited = tokens < n * length
-        whole = outputs.new_zeros(n * length, outputs.shape[1]).index_copy(0, tokens[edited], outputs[edited])
-        moved = whole.view(n, length, -1).to(self.beside.dtype)
+        whole = outputs.new_zeros(n * length, outputs.shape[1])
+        whole = whole.index_copy(0, self.places, outputs[: self.n_edit_tokens]).view(n, length, -1)
+        moved = whole[:, : self.beside.shape[1]].to(self.beside.dtype)
         norm = self.runner.description.post_mlp_norm(self.layer)
         moved = moved if norm is None else norm(moved)
         hidden = self.beside + moved * self.runner.description.residual_scale
-        out = self.runner.run(self.calls, hidden, self.layer + 1, self.runner.description.n_layers)
-        logits = self.runner.logits(out.reshape(n * length, -1)[self.rows.scored.to(out.device)]).float()
+        last = self.runner.description.n_layers - (self.ends is not None)
+        out = self.runner.run(self.calls, hidden, self.layer + 1, last)
+        if self.ends is not None:
+            out = self.ends.run(out)
+        logits = self.runner.logits(out.flatten(0, 1).index_select(0, self.scored.to(out.device))).float()
         loss = token_nll(logits, self.rows.labels.to(logits.device))
         return (loss * self.rows.weights.to(loss.device)).sum().to(outputs.device)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import FasteditError
+
 if TYPE_CHECKING:
     from ..models.describe import Projection
     from .edit import MemoryEdit
@@ -98,7 +100,20 @@ class Memory(ABC):
     settings: tuple[str, ...] = ()
     """Names of the hyper-parameters that decide how the memory behaves; all edits in it must agree on them."""
     whole_state = False
-    """The content of an edit is the whole state after it. Only the newest edit can be taken off then."""
+    """The content of an edit is the whole state after it. An older edit can be taken off then only as far as
+    :meth:`without` can tell it from the later ones."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make sure that the class says how an edit is taken off, and what it answers above if it does.
+
+        Raises:
+            TypeError: it does not.
+        """
+        super().__init_subclass__(**options)
+        if not cls.whole_state and cls.remove is Memory.remove:
+            raise TypeError(f"{cls.__name__} must define remove, or set whole_state")
+        if (cls.upper_layers is Memory.upper_layers) != (cls.apply_above is Memory.apply_above):
+            raise TypeError(f"{cls.__name__} must define both upper_layers and apply_above, or neither")
 
     def __init__(
         self, d_in: int, d_out: int, params: Mapping[str, Any], profile: str = "clean", seed: int = 0
@@ -150,8 +165,8 @@ class Memory(ABC):
         """
 
     def apply_above(self, layer: int, inputs: Tensor, outputs: Tensor, routes: Routes) -> Tensor:
-        """What :meth:`apply` is at the projection of one of :attr:`upper_layers`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it answers at block {layer}")
+        """What :meth:`apply` is at the projection of one of :attr:`upper_layers`; defined together with these."""
+        return outputs
 
     # -- content ------------------------------------------------------------------------------------
 
@@ -164,8 +179,33 @@ class Memory(ABC):
         """Forget everything."""
 
     def remove(self, edit_id: str) -> None:
-        """Forget one edit, as if it had never been made. Not called for memories with :attr:`whole_state`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how one edit is taken off")
+        """Forget one edit, as if it had never been made; every memory without :attr:`whole_state` defines it.
+
+        Raises:
+            FasteditError: the memory holds its edits as one whole.
+        """
+        raise FasteditError(f"the {self.method} memory holds its edits as one whole, {edit_id} among them")
+
+    @classmethod
+    def without(cls, state: MemoryEdit, gone: MemoryEdit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and ``about`` of an edit with :attr:`whole_state`, exactly as if another had not been made.
+
+        Args:
+            state: whose content is looked at; left as it is.
+            gone: beneath it, or itself; its own content may have been released.
+
+        Raises:
+            FasteditError: the method cannot tell them apart.
+        """
+        if state.id == gone.id:
+            raise FasteditError(
+                f"the state before {gone!r} is not kept any more: only the newest edit of a {cls.method} memory can "
+                "be taken off by itself. Revert all of it, or apply a saved edit anew"
+            )
+        raise FasteditError(
+            f"{gone!r} cannot be taken off by itself: later edits of the {cls.method} memory were trained on top of "
+            "it. Revert those first, newest first, or all of it"
+        )
 
     # -- reports ------------------------------------------------------------------------------------
 

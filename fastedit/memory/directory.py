@@ -7,6 +7,7 @@ force, oldest first. It is replaced by one rename, so a reader sees the memory b
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..artefacts.model_directory import ModelDirectory, remove_others
 from ..artefacts.safetensors_file import explained
-from ..errors import BaseMismatch, CorruptFile, FasteditError
+from ..errors import BaseMismatch, CorruptFile
 from ..io import atomic_directory, atomic_write_json, read_json
 from ..models.describe import unwrap
 from ..models.fingerprint import weight_digest
@@ -54,7 +55,12 @@ def load_edits(model_dir: str | Path) -> list[MemoryEdit]:
     Raises:
         CorruptFile: the list or an edit is damaged or missing.
     """
-    return [load_memory_edit(Path(model_dir) / FOLDER / row["id"]) for row in memory_rows(model_dir)]
+    return [load_memory_edit(Path(model_dir) / FOLDER / _place(row)) for row in memory_rows(model_dir)]
+
+
+def _place(row: dict[str, Any]) -> str:
+    """The folder of an edit: its id, or another if its content was written anew."""
+    return str(row.get("folder", row["id"]))
 
 
 def add_to_directory(edit: MemoryEdit, model_dir: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -87,16 +93,28 @@ def remove_from_directory(model_dir: str | Path, ids: Iterable[str]) -> None:
     Raises:
         FasteditError: the newest state of a memory was trained on top of one of them and stays. Nothing changes.
     """
-    ids = set(ids)
-    rows = memory_rows(model_dir)
-    for row in rows:
-        lost = ids & set(row["beneath"]) & {other["id"] for other in rows}
-        if row["whole_state"] and row["id"] not in ids and lost:
-            raise FasteditError(
-                f"{', '.join(sorted(lost))} cannot be taken out by itself: {row['id']} was trained on top of it and "
-                "holds it. Take that one out first, or all of them"
-            )
-    _commit(Path(model_dir) / FOLDER, [row for row in rows if row["id"] not in ids])
+    ids, folder = set(ids), Path(model_dir) / FOLDER
+    rows = {row["id"]: row for row in memory_rows(model_dir)}
+    rest = [row for row in rows.values() if row["id"] not in ids]
+    for number, row in enumerate(rest):
+        lost = [rows[each] for each in row["beneath"] if each in ids and each in rows]
+        if row["whole_state"] and lost:
+            rest[number] = _without(folder, row, lost)
+    _commit(folder, rest)
+
+
+def _without(folder: Path, row: dict[str, Any], lost: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the content of an edit without those beneath it that are taken out, in a new folder; its new row."""
+    from ..editors.memory_editor import memory_class
+
+    edit = load_memory_edit(folder / _place(row))
+    for other in lost:
+        gone = load_memory_edit(folder / _place(other))
+        edit.take_over(memory_class(edit.method).without(edit, gone), gone)
+    names = (f"{edit.id}-{number}" for number in itertools.count(1))
+    place = next(name for name in names if not (folder / name).exists())
+    edit.save(folder / place)
+    return {**row, "folder": place, "bytes": edit.size_bytes, "beneath": list(edit.beneath)}
 
 
 def attach_saved(model: nn.Module, model_dir: str | Path) -> list[MemoryEdit]:
@@ -169,7 +187,7 @@ def _commit(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put a new list in force, then remove what it does not name."""
     folder.mkdir(exist_ok=True)
     atomic_write_json(folder / _LIST, {"format": _FORMAT, "version": _VERSION, "edits": list(rows)})
-    remove_others(folder, {_LIST, *(row["id"] for row in rows)} if rows else set())
+    remove_others(folder, {_LIST, *map(_place, rows)} if rows else set())
 
 
 def _row(edit: MemoryEdit) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..artefacts.applied import Applied
 from ..artefacts.edit import _now, _versions
 from ..artefacts.plain import plain
 from ..artefacts.safetensors_file import explained, read_tensors, write_tensors
@@ -68,7 +68,7 @@ def projection_of(description: ModelDescription, layer: int | None) -> Projectio
 
 
 @dataclass(eq=False)
-class MemoryEdit:
+class MemoryEdit(Applied):
     """A batch of facts in a memory beside one projection, or beside the whole model.
 
     Attributes:
@@ -101,7 +101,6 @@ class MemoryEdit:
     created: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=_versions)
     _id: str = field(default="", repr=False)
-    _models: list[weakref.ref[nn.Module]] = field(default_factory=list, repr=False)
 
     factors: ClassVar[dict[str, Any]] = {}  # what asks for the changes of weights finds none
 
@@ -114,7 +113,10 @@ class MemoryEdit:
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits by content: method, facts, settings, what was learned and time of making."""
+        """Twelve hexadecimal digits by content: method, facts, settings, what was learned and time of making.
+
+        It stays when an edit beneath is taken out of the content.
+        """
         if not self._id:
             facts = [fact.as_dict() for fact in self.facts]
             head = [
@@ -156,6 +158,12 @@ class MemoryEdit:
         """Drop the content, which later edits have carried on."""
         _ = self.id
         self.tensors = None
+
+    def take_over(self, content: tuple[dict[str, Tensor], dict[str, Any]], without: MemoryEdit) -> None:
+        """Hold what :meth:`fastedit.memory.Memory.without` left of a memory; the id stays."""
+        _ = self.id
+        self.tensors, self.about = content
+        self.beneath = tuple(each for each in self.beneath if each != without.id)
 
     @property
     def place(self) -> str:
@@ -261,27 +269,6 @@ class MemoryEdit:
             removed = side.remove(self.id)
         for edit in (self, removed):
             edit._note(model, applied=False)
-
-    def applied_to(self) -> list[nn.Module]:
-        """The living models it is applied to."""
-        models = [model for ref in self._models if (model := ref()) is not None]
-        self._models = [weakref.ref(model) for model in models]
-        return models
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_models": []}  # a copy is applied to nothing
-
-    def _only_model(self) -> nn.Module:
-        models = self.applied_to()
-        if len(models) != 1:
-            count = "no model" if not models else f"{len(models)} models"
-            raise FasteditError(f"{self!r} is applied to {count}: name the model, edit.revert(model)")
-        return models[0]
-
-    def _note(self, model: nn.Module, applied: bool) -> None:
-        model = unwrap(model)
-        others = [other for other in self.applied_to() if other is not model]
-        self._models = [weakref.ref(one) for one in [*others, *([model] if applied else [])]]
 
     def _check_base(self, model: nn.Module, force: bool) -> None:
         description = describe(model)

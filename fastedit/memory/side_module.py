@@ -106,31 +106,30 @@ class SideModule:
             FasteditError: the memory cannot give this one back. Nothing changes.
         """
         position = [edit.id for edit in self.edits].index(edit_id)
-        edit = self.edits[position]
-        if self.memory.whole_state:
-            self._restore_below(position)
+        edit, memory = self.edits[position], self.memory
+        if memory.whole_state:
+            self._tell_apart(position)
+            memory.clear()
+            memory.add([each for each in self.edits if each is not edit][-1])
         else:
-            self.memory.remove(edit_id)
-        self.memory.version += 1
+            memory.remove(edit_id)
+        memory.version += 1
         del self.edits[position]
         return edit
 
-    def _restore_below(self, position: int) -> None:
-        edit = self.edits[position]
-        if position != len(self.edits) - 1:
-            raise FasteditError(
-                f"{edit!r} cannot be taken off by itself: later edits of the {self.memory.method} memory were "
-                "trained on top of it. Revert those first, newest first, or all of it"
-            )
-        below = self.edits[position - 1] if position else None
-        if below is not None and below.released:
-            raise FasteditError(
-                f"the state before {edit!r} is not kept any more: only the newest edit of a {self.memory.method} "
-                "memory can be taken off by itself. Revert all of it, or apply a saved edit anew"
-            )
-        self.memory.clear()
-        if below is not None:
-            self.memory.add(below)
+    def _tell_apart(self, position: int) -> None:
+        """Let the other edits' contents be without that of one; two at the least."""
+        edit, below, above = (
+            self.edits[position],
+            self.edits[max(position - 1, 0)],
+            self.edits[position + 1 :],
+        )
+        if not above and not below.released:
+            return
+        holders = [each for each in above if not each.released]
+        left = [self.memory.without(each, edit) for each in holders or [edit]]
+        for each, content in zip(holders or [below], left, strict=True):
+            each.take_over(content, edit)
 
 
 class UpperSite:

@@ -110,7 +110,7 @@ class WiseState:
         pending: finished shards that are not merged yet, oldest first.
         merged: what was merged: at most one memory, or with ``retrieve`` one for each merge.
         started: shards begun so far.
-        facts: all that were edited, in order.
+        facts: all that were edited, in order; those that were taken out as well, if others follow them.
         given: masks of the first shards, for exact replay; the random ones follow.
     """
 
@@ -264,7 +264,7 @@ class WiseState:
             memory = SideMemory(weight, fields["threshold"], mask, list(fields["facts"]))
             found[fields["kind"]].append(memory)
         facts = [Fact(**fields) for fields in about["facts"]]
-        (self.side,) = found["side"]
+        (self.side,) = found["side"] or [self._fresh()]
         self.merged, self.pending = found["merged"], found["pending"]
         self.facts, self.started = facts, about["started"]
 
@@ -422,6 +422,41 @@ class WiseMemory(Memory):
     def add(self, edit: MemoryEdit) -> None:
         """Become the state that the edit holds."""
         self.state.load(edit.content, edit.about)
+
+    @classmethod
+    def without(cls, state: MemoryEdit, gone: MemoryEdit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The memories but those of one edit: shards are trained apart, each from the base weight.
+
+        Raises:
+            FasteditError: a memory holds its facts together with other edits', by their shard or by a merge; or later
+                facts were trained against it by replay; or it is no training.
+        """
+        end = len(gone.about["facts"])
+        facts = range(end - len(gone.facts), end)
+        memories: list[dict[str, Any]] = state.about["memories"]
+        of_others = [set(fields["facts"]) - set(facts) for fields in memories]
+        shared = any(
+            others and len(others) < len(fields["facts"])
+            for others, fields in zip(of_others, memories, strict=True)
+        )
+        replayed = state.params["replay"] and any(fact >= end for others in of_others for fact in others)
+        if not facts or replayed or (shared and state.id == gone.id):
+            super().without(state, gone)
+        if shared:
+            raise FasteditError(
+                f"{gone!r} cannot be taken off by itself: a wise memory holds its facts together with those of other "
+                "edits, by their shard or by a merge. Revert the later edits first, newest first, or all of it"
+            )
+        kept = [n for n, fields in enumerate(memories) if not set(fields["facts"]) & set(facts)]
+        tensors = {
+            f"{place}.{name.partition('.')[2]}": tensor
+            for place, number in enumerate(kept)
+            for name, tensor in state.content.items()
+            if name.startswith(f"{number}.")
+        }
+        # facts are named by their positions, so only the last ones may leave the list
+        listed = state.about["facts"][: facts.start if end == len(state.about["facts"]) else None]
+        return tensors, {**state.about, "memories": [memories[n] for n in kept], "facts": listed}
 
     def clear(self) -> None:
         """Forget everything."""

@@ -9,7 +9,7 @@ one piece of code serves every architecture and every version of transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class BlockRunner:
         self.model = model
         self.description: ModelDescription = describe(model)
         # transformers before 4.5x hands GPT-2 and a few others tuples instead of cache objects
-        self._tuple_cache = getattr(model, "_supports_cache_class", True) is False
+        self.tuple_cache = getattr(model, "_supports_cache_class", True) is False
         self._returns: dict[bool, tuple[Any, ...] | None] = {}
 
     @property
@@ -120,7 +120,7 @@ class BlockRunner:
             (rows, heads, length, head size).
         """
         with _hooked(hooks):
-            if self._tuple_cache:
+            if self.tuple_cache:
                 out = self.description.decoder(
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
                 )
@@ -147,7 +147,11 @@ class BlockRunner:
             positions: (rows, length) int64, absolute.
             prefix: keys and values of the tokens before; None if the rows start here.
         """
-        rest = self._block_returns(prefix is not None)
+        return self._capture(ids, mask, positions, None if prefix is None else self._frozen_cache(prefix))
+
+    def _capture(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> BlockCalls:
+        """The same, with a cache that is handed to the blocks."""
+        rest = self._block_returns(cache is not None)
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         embedded: list[Tensor] = []
 
@@ -157,14 +161,14 @@ class BlockRunner:
             arguments.append((args, kwargs))
             return hidden if rest is None else (hidden, *rest)
 
-        cache = {} if prefix is None else {"past_key_values": self._frozen_cache(prefix)}
+        given = {} if cache is None else {"past_key_values": cache}
         with _replaced_forward(self.description.blocks, stub):
             self.description.decoder(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                use_cache=prefix is not None,
-                **cache,
+                use_cache=cache is not None,
+                **given,
             )
         return BlockCalls(embedded[0], arguments)
 
@@ -256,7 +260,7 @@ class BlockRunner:
 
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             with torch.no_grad(), _hooked([(self.description.blocks[0], look)]):
-                cache = {} if self._tuple_cache or not with_cache else {"past_key_values": _new_cache()}
+                cache = {} if self.tuple_cache or not with_cache else {"past_key_values": _new_cache()}
                 self.description.decoder(input_ids=ids, use_cache=with_cache, **cache)
             self._returns[with_cache] = found[0][1:] if isinstance(found[0], tuple) else None
         return self._returns[with_cache]
@@ -264,13 +268,50 @@ class BlockRunner:
     def _frozen_cache(self, prefix: Prefix) -> Any:
         some = next(pair for pair in prefix.states if pair is not None)
         pairs = [some if pair is None else pair for pair in prefix.states]
-        if self._tuple_cache:
+        if self.tuple_cache:
             return tuple(pairs)
         cache = _new_cache()
         for index, (keys, values) in enumerate(pairs):
             cache.update(keys, values, index)
         cache.frozen = True
         return cache
+
+
+class RowEnds:
+    """The last block for the ends of rows, differentiable.
+
+    In the last block a position sees the others by their keys and values alone. These are computed for the positions
+    before the ends, and all else for the ends.
+
+    Args:
+        runner: the model.
+        ids, mask, positions: (rows, length) int64, as for :meth:`BlockRunner.capture`.
+        start: the column where the ends begin, above 0 and the same for all rows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, runner: BlockRunner, ids: Tensor, mask: Tensor, positions: Tensor, start: int) -> None:
+        self.runner, self.start, self.block = runner, start, runner.description.n_layers - 1
+        self._mask, self._ids, self._positions = mask, ids[:, start:], positions[:, start:]
+        self._seen = _new_cache()
+        self._seen.stops = True
+        before = (tensor[:, :start] for tensor in (ids, mask, positions))
+        self._before = runner._capture(*before, self._seen)
+        self._calls: BlockCalls | None = None
+        self._cache: Any = None
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The block's output at the ends, of states (rows, length, hidden) at its entry."""
+        with suppress(_Stop):
+            self.runner.run(self._before, hidden[:, : self.start], self.block, self.block + 1)
+        keys, values = self._seen.seen.pop(self.block)
+        if self._calls is None:
+            states = [None] * self.block + [(keys.detach(), values.detach())]
+            self._cache = self.runner._frozen_cache(Prefix(states, self._mask[:, : self.start]))
+            with torch.no_grad():
+                self._calls = self.runner._capture(self._ids, self._mask, self._positions, self._cache)
+        self._cache.seen[self.block] = keys, values
+        return self.runner.run(self._calls, hidden[:, self.start :], self.block, self.block + 1)
 
 
 @contextmanager
@@ -334,13 +375,17 @@ def _replaced_forward(modules: Sequence[nn.Module], forward: Any) -> Iterator[No
 
 
 def _new_cache() -> Any:
-    """A cache that remembers what it was given and, once ``frozen``, appends without storing."""
+    """A cache that remembers what it was given, and ends the pass if it ``stops``.
+
+    Once ``frozen`` it appends without storing.
+    """
     global _CACHE_CLASS
     if _CACHE_CLASS is None:
         from transformers import DynamicCache
 
         class FreezableCache(DynamicCache):
             frozen = False
+            stops = False
 
             def __init__(self) -> None:
                 super().__init__()
@@ -351,6 +396,8 @@ def _new_cache() -> Any:
             ) -> tuple[Tensor, Tensor]:
                 if not self.frozen:
                     self.seen[layer_idx] = (key_states, value_states)
+                    if self.stops:
+                        raise _Stop
                     return super().update(key_states, value_states, layer_idx, *args, **kwargs)
                 keys, values = self.seen[layer_idx]
                 return torch.cat((keys, key_states), -2), torch.cat((values, value_states), -2)

@@ -20,8 +20,7 @@ def case() -> GoldenCase:
 
 @pytest.fixture(scope="module")
 def published(case: GoldenCase) -> PublishedWise:
-    model, tokenizer = case.load_model()
-    model.set_attn_implementation("eager")
+    model, tokenizer = case.load_model(eager=True)
     n = int(np.prod(case.data["weight_shape"]))
     masks = [torch.from_numpy(np.unpackbits(case.arrays[f"mask_{j}_packed"])[:n].copy()) for j in range(4)]
     return PublishedWise(

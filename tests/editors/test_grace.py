@@ -12,7 +12,7 @@ import torch
 from golden import GoldenCase, find_cases, load_case
 from memory.toy import generate
 from model_configs import tiny_model, tiny_tokenizer
-from tiny import FACTS, bits, make, same_bits
+from tiny import FACTS, ask, bits, losses, make, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastedit
@@ -31,24 +31,6 @@ OTHERS = ["The Eiffel Tower is in the city of", "The Colosseum"]
 def grace(model: Any, **params: Any) -> Any:
     options = {key: params.pop(key) for key in ("profile", "seed") if key in params}
     return fastedit.editor("grace", model, tiny_tokenizer(), params={**QUICK, **params}, **options)
-
-
-def ask(texts: list[str]) -> dict[str, torch.Tensor]:
-    tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = "left"
-    encoded = tokenizer(texts, return_tensors="pt", padding=True)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-@torch.no_grad()
-def losses(model: Any, facts: list[Fact]) -> torch.Tensor:
-    """Each target's mean negative log-likelihood, the route decided by the prompt."""
-    found = []
-    for row in target_rows(tiny_tokenizer(), facts, None):
-        with prompts(model, [row.n_prompt]):
-            logits = model(input_ids=torch.tensor([row.ids])).logits[0, row.key :]
-        found.append(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(row.target)))
-    return torch.stack(found)
 
 
 def book_of(model: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from memory.toy import FAMILIES, generate
 from model_configs import tiny_model, tiny_tokenizer
-from tiny import FACTS, bits, same_bits
+from tiny import FACTS, ask, bits, logits, losses, same_bits
 
 import fastedit
 from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact, NumericalError
@@ -42,29 +42,6 @@ def melo(model: Any, **params: Any) -> Any:
 def deep(family: str) -> Any:
     """A tiny model of four blocks: one to search at, two to change."""
     return tiny_model(family, **(GPT_FOUR if family in ("gpt2", "gptj") else FOUR))
-
-
-def ask(texts: list[str]) -> dict[str, torch.Tensor]:
-    tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = "left"
-    encoded = tokenizer(texts, return_tensors="pt", padding=True)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-@torch.no_grad()
-def logits(model: Any, texts: list[str]) -> torch.Tensor:
-    inputs = ask(texts)
-    return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits
-
-
-@torch.no_grad()
-def losses(model: Any, facts: list[Fact]) -> torch.Tensor:
-    found = []
-    for row in target_rows(tiny_tokenizer(), facts, None):
-        with prompts(model, [row.n_prompt]):
-            out = model(input_ids=torch.tensor([row.ids])).logits[0, row.key :]
-        found.append(torch.nn.functional.cross_entropy(out.float(), torch.tensor(row.target)))
-    return torch.stack(found)
 
 
 def memory_of(model: Any, layer: int = 1) -> Any:

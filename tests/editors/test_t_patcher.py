@@ -9,7 +9,7 @@ import pytest
 import torch
 from memory.toy import FAMILIES, generate
 from model_configs import tiny_model, tiny_tokenizer
-from tiny import FACTS, bits, same_bits
+from tiny import FACTS, ask, bits, logits, same_bits
 
 import fastedit
 from fastedit import (
@@ -43,19 +43,6 @@ def patcher(model: Any, **params: Any) -> Any:
     return fastedit.editor(
         "t-patcher", model, tiny_tokenizer(), texts=TEXTS, params={**QUICK, **params}, **options
     )
-
-
-def ask(texts: list[str]) -> dict[str, torch.Tensor]:
-    tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = "left"
-    encoded = tokenizer(texts, return_tensors="pt", padding=True)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-@torch.no_grad()
-def logits(model: Any, texts: list[str]) -> torch.Tensor:
-    inputs = ask(texts)
-    return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits
 
 
 def by_hand(model: Any, keys: Any, bias: Any, values: Any, layer: int | None = None) -> MemoryEdit:

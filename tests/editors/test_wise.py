@@ -156,8 +156,7 @@ def test_replay_pushes_scores_of_earlier_facts() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
 def test_the_official_profile_follows_the_published_loop(family: str) -> None:
     """Left padding, labels by the padded prompt, denominators, pads in the scores, decay everywhere."""
-    model, tokenizer = tiny_model(family), tiny_tokenizer()
-    model.set_attn_implementation("eager")
+    model, tokenizer = tiny_model(family, attn_implementation="eager"), tiny_tokenizer()
     editor = make(
         model,
         replace(SETTINGS, clamp=1.0),
@@ -385,8 +384,7 @@ def case() -> GoldenCase:
 
 
 def published_editor(case: GoldenCase) -> tuple[Wise, list[Fact]]:
-    model, tokenizer = case.load_model()
-    model.set_attn_implementation("eager")
+    model, tokenizer = case.load_model(eager=True)
     given = case.hparams
     n = int(np.prod(case.data["weight_shape"]))
     masks = []

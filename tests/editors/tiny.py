@@ -11,7 +11,9 @@ import fastedit
 from fastedit import Fact
 from fastedit.editors.base import editor_class
 from fastedit.editors.locate_then_edit import LocateThenEdit
+from fastedit.editors.memory_editor import target_rows
 from fastedit.editors.prompts import fact_rows
+from fastedit.memory import prompts
 from fastedit.models import describe
 
 FACTS = [
@@ -58,3 +60,29 @@ def target_loss(model: Any, facts: list[Fact]) -> float:
         logits = model(input_ids=torch.tensor([row.targets[0].ids])).logits[0, -len(row.target) :]
         total += torch.nn.functional.cross_entropy(logits.float(), torch.tensor(row.target))
     return float(total) / len(facts)
+
+
+def ask(texts: list[str]) -> dict[str, torch.Tensor]:
+    """Prompts as a batch, padded on the left."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    encoded = tokenizer(texts, return_tensors="pt", padding=True)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def logits(model: Any, texts: list[str]) -> torch.Tensor:
+    """(texts, length, vocabulary) of prompts, padded on the left."""
+    inputs = ask(texts)
+    return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits
+
+
+@torch.no_grad()
+def losses(model: Any, facts: list[Fact]) -> torch.Tensor:
+    """Each target's mean negative log-likelihood, the route decided by the prompt."""
+    found = []
+    for row in target_rows(tiny_tokenizer(), facts, None):
+        with prompts(model, [row.n_prompt]):
+            out = model(input_ids=torch.tensor([row.ids])).logits[0, row.key :]
+        found.append(torch.nn.functional.cross_entropy(out.float(), torch.tensor(row.target)))
+    return torch.stack(found)

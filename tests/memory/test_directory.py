@@ -135,7 +135,7 @@ def test_a_whole_state_is_taken_out_from_the_top(folder: Path) -> None:
     for edit in edits:
         apply_to_directory(edit, folder)
     assert torch.equal(logits(fastedit.load_model(folder)), logits(model))
-    with pytest.raises(FasteditError, match="was trained on top of it"):
+    with pytest.raises(FasteditError, match="were trained on top of it"):
         revert_directory(folder, edits[0].id)
     assert len(list_directory(folder)) == 2
     revert_directory(folder)
@@ -162,12 +162,19 @@ def test_a_killed_writer_leaves_the_former_memory(folder: Path, monkeypatch: pyt
     assert {p.name for p in (folder / "fastedit_memory").iterdir()} == {"memory.json", first.id, third.id}
 
 
-SET = ["--set", "layers=1", "steps=10", "lr=0.3", "init=warm", "radius=0.5"]
+SETTINGS = {
+    "grace": ["layers=1", "steps=10", "lr=0.3", "init=warm", "radius=0.5"],
+    "defer": ["layers=1", "steps=4", "lr=0.02"],
+    "wise": ["layers=1", "steps=3", "save_freq=1", "merge_freq=8"],
+    "melo": ["layers=1", "targets=[2]", "steps=4"],
+    "t-patcher": ["layers=1", "steps=6", "memory_size=50", "check_every=3"],
+    "serac": ["threshold=0.9"],
+}
 
 
-@pytest.mark.parametrize("method", ["grace", "defer"])
+@pytest.mark.parametrize("method", list(SETTINGS))
 def test_the_command_line(method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    settings = SET if method == "grace" else ["--set", "layers=1", "steps=4", "lr=0.02"]
+    settings = ["--set", *SETTINGS[method]]
     edited, place = tmp_path / "edited", tmp_path / "edit"
     facts = ["--fact", "The capital of {France} is -> Lyon", "--fact", "{Miles Davis} plays the -> violin"]
     common = ["--method", method, *settings, "--json"]
@@ -204,6 +211,13 @@ def test_the_command_line(method: str, folder: Path, tmp_path: Path, capsys: pyt
     assert main([*again, "--save-model", str(tmp_path / "edited-2"), *common]) == 0
     assert len(list_directory(tmp_path / "edited-2")) == 3
     capsys.readouterr()
+    single = ["revert", str(edited), "--edit", ids[0], "--json"]
+    if method == "defer":
+        assert main(single) != 0
+        assert "cannot be taken off by itself" in capsys.readouterr().err
+    else:
+        assert main(single) == 0
+        assert [row["id"] for row in json.loads(capsys.readouterr().out)["remaining"]] == ids[1:]
     assert main(["revert", str(edited), "--all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["remaining"] == []
     assert main(["apply", str(place / "001"), "--model", str(edited)]) == 0

@@ -13,7 +13,7 @@ from model_configs import tiny_model
 from transformers import AutoModelForCausalLM
 
 from fastedit import FasteditError
-from fastedit.memory import attach, clear_memories, route_info, sides_of
+from fastedit.memory import Memory, attach, clear_memories, route_info, sides_of
 from fastedit.models.fingerprint import fingerprint
 
 
@@ -94,3 +94,13 @@ def test_what_cannot_be_attached_is_refused() -> None:
     with pytest.raises(ValueError, match="from 10 to 32"):
         attach(model, 0, Toy(10, 32))
     assert len(sides_of(model)) == 1
+
+
+@pytest.mark.parametrize("lacking", ["remove", "apply_above", "upper_layers"])
+def test_a_memory_must_say_what_it_can_do_when_it_is_defined(lacking: str) -> None:
+    body = {"remove": Toy.remove, "upper_layers": property(lambda self: (2,)), "apply_above": Toy.apply}
+    del body[lacking]
+    with pytest.raises(TypeError, match=lacking):
+        type("Incomplete", (Memory,), body)
+    if lacking == "remove":
+        type("Whole", (Memory,), {**body, "whole_state": True})

@@ -15,6 +15,7 @@ from tiny import CONTEXTS, FACTS, bits, same_bits
 
 import fastedit
 from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError
+from fastedit.artefacts import apply_to_directory, revert_directory
 from fastedit.editors.wise import Wise
 from fastedit.memory import prompts, route_info, sides_of
 from fastedit.memory import wise as wise_module
@@ -369,10 +370,9 @@ def test_reverting() -> None:
     first = editor.edit(LOCAL[:1])
     kept = editor.state.copy()  # type: ignore[union-attr]
     second = editor.edit(LOCAL[1:2])
-    with pytest.raises(FasteditError, match="trained on top of it"):
-        first.revert()
     second.revert()
     assert same_state(editor.state, kept)  # type: ignore[arg-type]
+    assert editor.side.edits == [first]  # type: ignore[union-attr]
     again = editor.edit(LOCAL[1:2])
     assert again.facts == second.facts
     editor.reset()
@@ -382,6 +382,69 @@ def test_reverting() -> None:
     assert torch.equal(model(**batch_of([FACTS[0].text])).logits, plain)
     editor.edit(LOCAL[:1]).revert()
     assert not sides_of(model)
+
+
+def weights(model: Any) -> list[torch.Tensor]:
+    (side,) = sides_of(model)
+    return [memory.weight for memory in side.memory.state.memories]  # type: ignore[attr-defined]
+
+
+def test_an_edit_with_shards_of_its_own_can_be_taken_out(tmp_path: Path) -> None:
+    """What is left are the very memories of the others, on the model and on disk; then editing goes on."""
+    model = tiny_model("llama")
+    facts = [*LOCAL, replace(LOCAL[0], prompt="The people of {} speak")]
+    editor = make(model, save_freq=1, merge_freq=8, steps=4)
+    edits = [editor.edit(part) for part in (facts[:1], facts[1:3], facts[3:])]
+    _, *ours = weights(model)
+    assert edits[0].released
+    ids = [edit.id for edit in edits]
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    for edit in edits[1:]:
+        apply_to_directory(edit, tmp_path / "model")
+
+    edits[0].revert()
+    assert all(map(torch.equal, weights(model), ours))
+    assert [edit.id for edit in editor.side.edits] == ids[1:] == [edit.id for edit in edits[1:]]  # type: ignore[union-attr]
+    edits[1].revert()
+    (left,) = weights(model)
+    assert torch.equal(left, ours[-1])
+    assert edits[0].applied_to() == edits[1].applied_to() == []
+
+    assert [row["id"] for row in revert_directory(tmp_path / "model", ids[1])] == [ids[1]]
+    loaded = fastedit.load_model(tmp_path / "model")
+    assert torch.equal(weights(loaded)[-1], left)  # the edit made before them was never in the directory
+    assert [edit.id for edit in sides_of(loaded)[0].edits] == ids[2:]
+    fastedit.save_model(model, tmp_path / "saved")
+    assert torch.equal(*weights(fastedit.load_model(tmp_path / "saved")), left)
+
+    more = [editor.edit(facts[n : n + 1]) for n in (0, 1)]
+    assert [memory.facts for memory in editor.state.memories] == [[3], [4], [5]]  # type: ignore[union-attr]
+    more[1].revert()
+    more[0].revert()
+    assert torch.equal(*weights(model), left)
+    edits[2].revert()
+    assert not sides_of(model)
+
+
+def test_an_edit_that_others_stand_on_stays() -> None:
+    model = tiny_model("llama")
+    editor = make(model, save_freq=1, merge_freq=2, steps=4)
+    edits = [editor.edit(part) for part in (LOCAL[:1], LOCAL[1:2], LOCAL[2:])]
+    before = weights(model)[:1]
+    with pytest.raises(FasteditError, match="together with those of other edits"):  # merged
+        edits[1].revert()
+    change = editor.forget(1)
+    edits[2].revert()  # nothing is left of it
+    with pytest.raises(FasteditError, match="not kept any more"):
+        change.revert()
+    assert all(map(torch.equal, weights(model), before))
+
+
+def test_an_edit_that_others_were_replayed_against_stays() -> None:
+    editor = make(tiny_model("llama"), save_freq=2, merge_freq=2, steps=4, replay=True)
+    edits = [editor.edit(part) for part in (LOCAL[:2], LOCAL[2:])]
+    with pytest.raises(FasteditError, match="trained on top of it"):
+        edits[0].revert()
 
 
 @pytest.mark.parametrize("retrieve", [False, True])

@@ -55,6 +55,9 @@ class Toy(Memory):
     def add(self, edit: Any) -> None:
         raise NotImplementedError
 
+    def remove(self, edit_id: str) -> None:
+        raise NotImplementedError
+
     def clear(self) -> None:
         raise NotImplementedError
 
