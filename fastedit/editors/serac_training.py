@@ -31,6 +31,7 @@ from ..data import Record
 from ..errors import FasteditError, NumericalError
 from ..facts import Fact
 from ..io import atomic_directory, atomic_file, atomic_write_json
+from ..memory.encoder import TextEncoder
 from ..memory.scope import (
     BASE,
     COUNTERFACTUAL,
@@ -41,7 +42,6 @@ from ..memory.scope import (
     TOKENIZER,
     VERSION,
     ScopeSettings,
-    TextEncoder,
     embeddings,
 )
 from ..memory.serac import require_same_vocabulary

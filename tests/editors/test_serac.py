@@ -20,7 +20,8 @@ from fastedit.editors.serac import SeracParams, pooled_by_base
 from fastedit.editors.serac_training import balanced_bce, examples_of, split, train
 from fastedit.evaluation.scoring import Pair, Scorer
 from fastedit.memory import prompts, route_info, sides_of
-from fastedit.memory.scope import ScopeSettings, TextEncoder, embeddings, pool
+from fastedit.memory.encoder import TextEncoder, pool
+from fastedit.memory.scope import ScopeSettings, embeddings
 from fastedit.memory.serac import generate as one_model_each
 from fastedit.models import encode_prompt, target_ids
 
@@ -374,7 +375,7 @@ def test_another_classifier_is_refused(encoder: Path, small: Path, tmp_path: Pat
         edit.apply(other)
     assert sides_of(other) == []
     edit.params["classifier"] = str(tmp_path / "gone")
-    with pytest.raises(FasteditError, match="cannot load the scope classifier"):
+    with pytest.raises(FasteditError, match="cannot load the text encoder"):
         edit.apply(other)
 
 
