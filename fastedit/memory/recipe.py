@@ -41,6 +41,11 @@ SETTINGS, NETWORKS, ENCODER, TOKENIZER = "recipe.json", "recipe.safetensors", "e
 _QUERIES, _PROMPTS = 4096, 256  # kept of each
 
 
+def knowledge_text(prompt: str, answer: str) -> str:
+    """A fact as the encoder reads it: prompt and answer, with one space between them."""
+    return f"{prompt.rstrip(' ')} {answer.strip()}"
+
+
 # ------------------------------------------------------------------ networks
 
 
