@@ -330,6 +330,7 @@ class PrefixSide(SideModule):
         if call is None:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        asked = given.get("past_key_values") is not None or _keeps(decoder, given)
         routes: Any = call.routes(self.key, self.memory)
         if routes is None:
             if not self.enabled:
@@ -343,7 +344,7 @@ class PrefixSide(SideModule):
         cache = given["past_key_values"]
         if not isinstance(cache, (tuple, list)):
             hide_columns(cache, 0)
-            call.noted[self.key] = (cache, routes.width)
+            call.noted[self.key] = (cache, routes.width, asked)
         past = _length(cache) - routes.width
         given["attention_mask"], places = self._adapted(call, given, routes, past)
         if "position_ids" in self._names:
@@ -354,11 +355,14 @@ class PrefixSide(SideModule):
         return (), given
 
     @torch.compiler.disable
-    def end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def end(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook, before the router's: outside of calls the cache does not count the prefix."""
         call = self.router.call
-        if call is not None and self.key in call.noted:
-            hide_columns(*call.noted.pop(self.key))
+        if call is None or self.key not in call.noted:
+            return None
+        cache, width, asked = call.noted.pop(self.key)
+        hide_columns(cache, width)
+        return out if asked else _without(cache, out)
 
     # -- prefill ------------------------------------------------------------------------------------
 
@@ -510,6 +514,21 @@ def _length(cache: Any) -> int:
     if isinstance(cache, (tuple, list)):
         return int(cache[0][0].shape[-2]) if cache else 0
     return int(cache.get_seq_length())
+
+
+def _keeps(decoder: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a call that was given no cache wants one back."""
+    use_cache = given.get("use_cache")
+    return bool(decoder.config.use_cache if use_cache is None else use_cache)
+
+
+def _without(cache: Any, out: Any) -> Any:
+    """What a decoder returned, less a cache that nobody asked for."""
+    if isinstance(out, tuple):
+        return tuple(part for part in out if part is not cache)
+    if out is not None:
+        out.past_key_values = None
+    return out
 
 
 def _is_fixed(cache: Any) -> bool:
