@@ -16,7 +16,6 @@ The best step is chosen on subjects held out, by the same terms without their hi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import random
@@ -253,7 +252,9 @@ def examples_of(
                 continue
             allowed = (_without(near, {*prompts, fact.text}), _without(outside, prompts))
             example = Example(fact, *(_where(part, fits) for part in allowed))
-            if fact.text in prompts or (all(_without(part, set()) for part in (near, outside)) and not all(allowed)):
+            if fact.text in prompts or (
+                all(_without(part, set()) for part in (near, outside)) and not all(allowed)
+            ):
                 left_out["shared prompt"] += 1
             elif not all(allowed):
                 left_out["no rephrasing or locality prompt"] += 1
@@ -413,9 +414,7 @@ class _Learner(Learner[Example]):
     def _scored(self, states: Tensor, asked: Sequence[Asked]) -> list[Tensor]:
         """Per row the states (tokens, hidden) that predict its answer."""
         rows = [self._row(each) for each in asked]
-        return [
-            states[i, row.key : row.key + len(row.target)].clone() for i, row in enumerate(rows)
-        ]
+        return [states[i, row.key : row.key + len(row.target)].clone() for i, row in enumerate(rows)]
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self.description.logits(states)
@@ -562,9 +561,7 @@ class _Learner(Learner[Example]):
         }
         name = "" if self.settings.train_encoder else _absolute(self.encoder_name)
         with explained(out), atomic_directory(out, overwrite=True) as temporary:
-            write_checkpoint(
-                temporary, self.networks, self.reader, name, self.base, self.tokenizer, training
-            )
+            write_checkpoint(temporary, self.networks, self.reader, name, self.base, self.tokenizer, training)
 
 
 def _texts(example: Example) -> list[str]:
