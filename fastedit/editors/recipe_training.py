@@ -315,6 +315,16 @@ def row_of(tokenizer: Any, prompt: str, answer: str) -> TargetRow:
     return TargetRow(whole[:-1], len(start), whole[len(start) :])
 
 
+def best_cut(lengths: Sequence[int]) -> int:
+    """Into how many short rows and how many long ones to divide rows of ascending lengths, for the least padding.
+
+    Returns:
+        The number of short ones; 0 if one batch is as good.
+    """
+    n = len(lengths)
+    return min(range(n), key=lambda cut: cut * lengths[max(cut - 1, 0)] + (n - cut) * lengths[-1])
+
+
 def _room(model: nn.Module, settings: Settings) -> float:
     limit = describe(model).context_length
     return math.inf if limit is None else limit - settings.prompt_tokens
@@ -393,8 +403,8 @@ class _Learner(Learner[Example]):
             unrelated.sort(key=lambda asked: len(self._row(asked).ids))
             for start in range(0, len(unrelated), _TOGETHER):
                 part_asked = unrelated[start : start + _TOGETHER]
-                states = self._states(part_asked, None)
-                self._before.update(zip(part_asked, self._scored(states, part_asked), strict=True))
+                found_states = [states.clone() for states in self._states(part_asked, None)]
+                self._before.update(zip(part_asked, found_states, strict=True))
                 bar.update(len(part_asked))
 
     def _row(self, asked: Asked) -> TargetRow:
@@ -402,19 +412,31 @@ class _Learner(Learner[Example]):
             self._rows[asked] = row_of(self.tokenizer, *asked)
         return self._rows[asked]
 
-    def _states(self, asked: Sequence[Asked], prompts: Tensor | None) -> Tensor:
-        """(rows, length, hidden) of the model, with these prompts in front or without any."""
-        ids, mask, _ = (t.to(self.device) for t in pad_batch([self._row(each).ids for each in asked], 0))
-        hit = None
-        if prompts is None:
-            prompts = torch.zeros(len(ids), 1, self.description.hidden_size, device=self.device)
-            hit = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        return prefixed_states(self._model[0], ids, mask, prompts, hit)
+    def _states(self, asked: Sequence[Asked], prompts: Tensor | None) -> list[Tensor]:
+        """Per row the model's states (tokens, hidden) that predict its answer, with these prompts in front or none.
 
-    def _scored(self, states: Tensor, asked: Sequence[Asked]) -> list[Tensor]:
-        """Per row the states (tokens, hidden) that predict its answer."""
+        One pass over all rows; on a CPU, where padding costs what tokens cost, one over the short and one over the
+        long rows.
+        """
         rows = [self._row(each) for each in asked]
-        return [states[i, row.key : row.key + len(row.target)].clone() for i, row in enumerate(rows)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        cut = best_cut([len(rows[i].ids) for i in order]) if self.device.type == "cpu" else 0
+        found: dict[int, Tensor] = {}
+        for part in (order[:cut], order[cut:]):
+            if not part:
+                continue
+            ids, mask, _ = (t.to(self.device) for t in pad_batch([rows[i].ids for i in part], 0))
+            hit = None
+            if prompts is None:
+                given = torch.zeros(len(ids), 1, self.description.hidden_size, device=self.device)
+                hit = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+            else:
+                given = prompts[torch.tensor(part, device=self.device)]
+            states = prefixed_states(self._model[0], ids, mask, given, hit)
+            for place, i in enumerate(part):
+                key = rows[i].key
+                found[i] = states[place, key : key + len(rows[i].target)]
+        return [found[i] for i in range(len(rows))]
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self.description.logits(states)
@@ -478,18 +500,17 @@ class _Learner(Learner[Example]):
         )
 
     def _edit_losses(
-        self, states: Tensor, rows: Sequence[Asked], hinge: float | None
+        self, scored: Sequence[Tensor], rows: Sequence[Asked], hinge: float | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
         """The losses of edited prompts and rephrasings, the KL of unrelated prompts, and accuracies."""
         n = len(rows) // 3
-        scored = self._scored(states, rows)
         labels = torch.tensor(
             [token for each in rows[: 2 * n] for token in self._row(each).target], device=self.device
         )
         n_first = sum(len(part) for part in scored[:n])
         with torch.no_grad():
             before = self._logits(torch.cat([self._before[each] for each in rows[2 * n :]])).log_softmax(1)
-        logits = self._logits(torch.cat(scored))
+        logits = self._logits(torch.cat(list(scored)))
         right = (logits[: len(labels)].detach().argmax(1) == labels).float()
         accuracies = {
             "accuracy": float(right[:n_first].mean()),

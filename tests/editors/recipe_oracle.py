@@ -11,7 +11,7 @@ EPS = 1e-8
 
 
 def softmax(row: list[Tensor]) -> list[Tensor]:
-    greatest = max(float(value) for value in row)
+    greatest = max(float(value.detach()) for value in row)
     powers = [torch.exp(value - greatest) for value in row]
     total = sum(powers[1:], powers[0])
     return [power / total for power in powers]
@@ -22,7 +22,7 @@ def score(u: Tensor, r: Tensor, scale: float) -> Tensor:
 
 
 def second_largest(values: list[Tensor]) -> float:
-    return sorted((float(value) for value in values), reverse=True)[1]
+    return sorted((float(value.detach()) for value in values), reverse=True)[1]
 
 
 def neighbour(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float) -> Tensor:
@@ -34,7 +34,7 @@ def neighbour(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float) -> 
 
 
 def _mean_of_kept(rows: list[tuple[Tensor, list[Tensor]]], hinge: float) -> Tensor:
-    kept = [-torch.log(p + EPS) for p, row in rows if len(row) > 1 and float(p) < hinge * second_largest(row)]
+    kept = [-torch.log(p + EPS) for p, row in rows if len(row) > 1 and float(p.detach()) < hinge * second_largest(row)]
     if not kept:
         return torch.zeros((), dtype=torch.float64)
     return sum(kept[1:], kept[0]) / len(kept)
@@ -62,7 +62,7 @@ def edit(logits: Tensor, labels: list[int], hinge: float) -> Tensor:
     kept = []
     for row, label in zip(logits, labels, strict=True):
         p = softmax(list(row))
-        if float(p[label]) < hinge * second_largest(p):
+        if float(p[label].detach()) < hinge * second_largest(p):
             kept.append(-torch.log(p[label] + EPS))
     return sum(kept[1:], kept[0]) / len(kept) if kept else torch.zeros((), dtype=torch.float64)
 
