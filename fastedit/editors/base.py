@@ -40,6 +40,8 @@ _METHODS = {
     "serac": "serac",
     "t-patcher": "t_patcher",
     "melo": "melo",
+    "rase": "rase",
+    "rase_rome": "rase",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 
