@@ -51,7 +51,9 @@ class RaseParams:
         k: candidates of a prompt.
         gate_best: a prompt is about its best candidate if the score, a cosine, is above this; or
         gate_margin: it is so far above the second, and
-        gate_spread: the candidates' scores have a standard deviation above this.
+        gate_spread: the candidates' scores have a standard deviation above this. In either case
+        gate_least: the score is not below this; None: 0.5, in ``official`` there is no such bound. Without it, a few
+            facts draw prompts that are about none of them.
         merge_above: a new fact replaces those of the same subject whose prompts' cosine with its own is above this.
         tokenizer: folder of the base model's tokenizer, where a loaded edit finds it.
     """
@@ -66,6 +68,7 @@ class RaseParams:
     gate_best: float = 0.9
     gate_margin: float = 0.15
     gate_spread: float = 0.05
+    gate_least: float | None = None
     merge_above: float = 0.95
     tokenizer: str = ""
 
@@ -129,6 +132,8 @@ class Rase(RetrievalEditor):
             "layers": layers[:1],
             "above": layers[1:],
         }
+        if given.get("gate_least") is None:
+            given["gate_least"] = -1.0 if profile == "official" else 0.5
         super().__init__(model, tokenizer, params=given, profile=profile, seed=seed, progress=progress)
         self.layer = layers[0]
 

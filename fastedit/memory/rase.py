@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CorruptFile
@@ -35,19 +36,21 @@ class GateSettings:
         best: its score is above this, or
         margin: it is further than this above the second, and
         spread: the standard deviation of all candidates' scores (n in the denominator) is above this.
+        least: never below this.
     """
 
     best: float
     margin: float
     spread: float
+    least: float
 
     def opens(self, scores: Tensor) -> Tensor:
         """(B,) bool for scores (B, k) in descending order; one candidate has no margin."""
-        top = scores[:, 0] > self.best
-        if scores.shape[1] < 2:
-            return top
-        apart = scores[:, 0] - scores[:, 1] > self.margin
-        return top | (apart & (scores.std(1, correction=0) > self.spread))
+        opened = scores[:, 0] > self.best
+        if scores.shape[1] > 1:
+            apart = scores[:, 0] - scores[:, 1] > self.margin
+            opened = opened | (apart & (scores.std(1, correction=0) > self.spread))
+        return opened & (scores[:, 0] >= self.least)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class RaseMemory(Memory):
         "gate_best",
         "gate_margin",
         "gate_spread",
+        "gate_least",
         "merge_above",
     )
 
@@ -99,7 +103,8 @@ class RaseMemory(Memory):
         if profile == "official":
             self.route_tokens = "all"
         self.layer: int = params["layers"][0]
-        self.gate = GateSettings(params["gate_best"], params["gate_margin"], params["gate_spread"])
+        names = ("best", "margin", "spread", "least")
+        self.gate = GateSettings(**{name: params[f"gate_{name}"] for name in names})
         self.encoder: SentenceEncoder | None = None
         self.tokenizer: Any = None
         self._shapes: dict[int, tuple[int, int]] = {}
@@ -156,20 +161,21 @@ class RaseMemory(Memory):
         )
 
     def match(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The fact of each query (B, k), on the CPU, −1 for none; and its score. Both (B,).
+        """The fact of each query (B, d), on the CPU, −1 for none; and its score. Both (B,).
 
-        In ``official`` the gate must open before the candidates are ranked two-way as well.
+        Where the memory has fewer facts than there should be candidates, the others count as scores of 0. In
+        ``official`` they do not, and the gate must open before the candidates are ranked two-way as well.
         """
         assert self._index is not None
-        ids, scores = self._index.max_inner_product(
-            queries, k=min(self.params["k"], len(self._index)), ties="highest"
-        )
+        k = min(self.params["k"], len(self._index))
+        ids, scores = self._index.max_inner_product(queries, k=k, ties="highest")
         sentences = torch.stack([self.facts[number].sentence for number in ids.flatten().tolist()])
         both = (scores + (sentences.view(*ids.shape, -1) @ queries[:, :, None])[..., 0]) / 2
         ranked, order = both.sort(dim=1, descending=True, stable=True)
-        opened = self.gate.opens(ranked)
         if self.profile == "official":
-            opened &= self.gate.opens(scores)
+            opened = self.gate.opens(ranked) & self.gate.opens(scores)
+        else:
+            opened = self.gate.opens(F.pad(ranked, (0, self.params["k"] - k)))
         first = ids.gather(1, order)[:, 0]
         return torch.where(opened, first, -1), ranked[:, 0]
 
