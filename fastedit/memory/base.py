@@ -13,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ..models.describe import Projection
     from .edit import MemoryEdit
+    from .side_module import SideModule
 
 RouteScope = Literal["prefill", "per_call"]
 RouteTokens = Literal["prompt", "all"]
@@ -45,6 +46,7 @@ class Routes:
         payload: see :class:`Decision`.
         score: see :class:`Decision`.
         version: of the memory when the routes were decided.
+        width: columns at the head of the KV cache that were put there by the memory.
     """
 
     index: Tensor
@@ -52,6 +54,7 @@ class Routes:
     payload: Tensor | None
     score: Tensor | None
     version: int
+    width: int = 0
 
     @classmethod
     def of(cls, decision: Decision, version: int) -> Routes:
@@ -112,6 +115,14 @@ class Memory(ABC):
 
     def attached_to(self, model: nn.Module, projection: Projection, layer: int) -> None:  # noqa: B027
         """Called before anything is added: where it stands. Most memories need not know."""
+
+    def attach_to(self, model: nn.Module) -> SideModule:
+        """Stand beside a whole model; only memories that can say how.
+
+        Raises:
+            TypeError: this one stands at a block.
+        """
+        raise TypeError(f"a {self.method} memory stands at a block, not beside the whole model")
 
     @property
     def upper_layers(self) -> tuple[int, ...]:

@@ -271,6 +271,10 @@ class SeracMemory(Memory):
             inputs = (mixed + torch.finfo(torch.float32).eps).log()
         return outputs.index_copy(0, rows, inputs.to(outputs.dtype))
 
+    def attach_to(self, model: nn.Module) -> SideModule:
+        """Stand beside a model."""
+        return attach_to_model(model, self)
+
     def with_prefixes(self, index: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the counterfactual model reads: the edits (n,) in front of the prompts (n, T), ids and mask.
 
@@ -578,15 +582,13 @@ def _rows(cache: Any, rows: Tensor) -> Any:
     return cache
 
 
-def attach_to_model(model: nn.Module, memory: Memory) -> SeracSide:
+def attach_to_model(model: nn.Module, memory: SeracMemory) -> SeracSide:
     """Put SERAC's memory beside a model; loads its two models if it does not have them.
 
     Raises:
         FasteditError: there is one already, or its models cannot be loaded.
     """
     model = unwrap(model)
-    if not isinstance(memory, SeracMemory):
-        raise TypeError(f"expected a SeracMemory, got {type(memory).__name__}")
     if find_side(model, None, memory.method) is not None:
         raise FasteditError(f"the model has a {memory.method} memory already")
     if memory.parts is None:

@@ -183,11 +183,10 @@ def attach(model: nn.Module, layer: int | None, memory: Memory) -> SideModule:
         IndexError: no such block.
         FasteditError: a memory of this method is there already.
         ValueError: the memory is for a projection of another shape.
+        TypeError: the memory stands at a block, not beside the whole model.
     """
     if layer is None:
-        from .serac import attach_to_model
-
-        return attach_to_model(model, memory)
+        return memory.attach_to(model)
     projection = describe(model).projection(layer)
     if find_side(model, layer, memory.method) is not None:
         raise FasteditError(f"{projection.name} has a {memory.method} memory already")
