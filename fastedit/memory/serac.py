@@ -34,8 +34,9 @@ from ..models.tokens import pad_batch
 from ..ops.key_index import KeyIndex
 from .base import Decision, Memory, Routes
 from .edit import MemoryEdit
+from .encoder import pool
 from .routing import Call, Key, Router, _put_on_cache, prompts, router_at, routers_of
-from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, pool, trained_settings
+from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, trained_settings
 from .side_module import SideModule, find_side
 
 _SCOPE_NAMES = ("pooling", "similarity", "scale", "threshold", "normalise")
