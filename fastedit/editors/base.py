@@ -40,6 +40,8 @@ _METHODS = {
     "serac": "serac",
     "t-patcher": "t_patcher",
     "melo": "melo",
+    "ike": "ike",
+    "lte": "lte",
     "rase": "rase",
     "rase_rome": "rase",
 }

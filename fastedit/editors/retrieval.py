@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import InvalidFact
 from ..facts import Fact, validate_facts
 from ..io import read_json
 from ..memory.edit import Base, MemoryEdit
 from ..memory.sentences import SentenceEncoder
 from ..memory.side_module import SideModule, attach, detach, find_side
+from ..models.tokens import target_ids
 from .base import Editor
 from .memory_editor import Learned
 from .stopwatch import Stopwatch
@@ -92,6 +94,17 @@ class RetrievalEditor(Editor):
     def learn(self, facts: list[Fact], watch: Stopwatch) -> Learned:
         """What is kept of a batch. The memory on the model is suspended; the model is left as it is."""
 
+    def keys(self, facts: list[Fact], watch: Stopwatch) -> Tensor:
+        """(n, d) fp32 on the CPU: the embeddings of the facts' prompts.
+
+        Raises:
+            InvalidFact: one is longer than the encoder takes.
+        """
+        texts = [fact.text for fact in facts]
+        with watch.stage("embed"):
+            self.encoder.check(texts)
+            return self.encoder.embed(texts, next(self.model.parameters()).device)
+
     @abstractmethod
     def new_memory(self) -> Any:
         """An empty memory with this editor's settings, encoder and tokenizer."""
@@ -115,3 +128,11 @@ def as_mapping(params: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(params) and not isinstance(params, type):
         return dict(vars(params))
     return dict(read_json(params)) if isinstance(params, (str, Path)) else dict(params or {})
+
+
+def n_target(tokenizer: Any, fact: Fact) -> int:
+    """Number of tokens of a fact's target; InvalidFact if it has none."""
+    try:
+        return len(target_ids(tokenizer, fact.target))
+    except ValueError as error:
+        raise InvalidFact(f"{fact.text!r}: {error}") from None

