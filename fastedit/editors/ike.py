@@ -195,8 +195,8 @@ class Ike(RetrievalEditor):
         fitting = self._ids(fact, [])
         if len(fitting) > room:
             raise InvalidFact(
-                f"{fact.text!r} takes {len(fitting)} tokens in front of a prompt, without any demonstration; the context "
-                f"of {self.description.context_length} has room for {room}"
+                f"{fact.text!r} takes {len(fitting)} tokens in front of a prompt without any demonstration, the context "
+                f"of {self.description.context_length} has room for {room}: take a smaller reserve, or copy_block=False"
             )
         low, high = 0, len(found)
         whole = self._ids(fact, [block for _, block in found])

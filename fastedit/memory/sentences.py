@@ -118,5 +118,5 @@ def base_tokenizer(model: nn.Module, *places: str) -> Any:
                 continue
     raise FasteditError(
         "prompts are found by their text, so the base model's tokenizer is needed, which is in none of "
-        f"{', '.join(place for place in candidates if place)}: name its folder, edit.params['tokenizer'] = ..."
+        f"{', '.join(place for place in candidates if place) or 'the known places'}: name its folder, edit.params['tokenizer'] = ..."
     )
