@@ -1,4 +1,4 @@
-"""What is put in front of a text: right in every model and batch, read once, and without any trace where nothing is."""
+"""What is put in front of a text: right in every model and batch, read once, no trace where there is nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_logits_are_those_of_the_definition(family, side, text):
         for use_cache in (True, False):
             out = model(**inputs, position_ids=places, use_cache=use_cache)
             for ours, ids, index in zip(rows_of(out.logits, inputs), ids_of(inputs), ROUTES, strict=True):
-                torch.testing.assert_close(ours, expected(base, memory.memory, ids, index), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    ours, expected(base, memory.memory, ids, index), rtol=1e-4, atol=1e-5
+                )
     assert [row[0]["route"] for row in route_info(model)] == ROUTES
 
 
