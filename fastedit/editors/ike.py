@@ -76,7 +76,9 @@ class IkeParams:
 
     def __post_init__(self) -> None:
         if self.k < 0 or self.reserve < 1:
-            raise ValueError(f"k must not be negative and reserve be positive, got {self.k} and {self.reserve}")
+            raise ValueError(
+                f"k must not be negative and reserve be positive, got {self.k} and {self.reserve}"
+            )
         if len(self.ratio) != len(KINDS) or min(self.ratio) < 0 or not sum(self.ratio) > 0:
             raise ValueError(f"ratio must be three numbers, {' : '.join(KINDS)}, got {self.ratio}")
         if self.order not in ("nearest_last", "nearest_first"):

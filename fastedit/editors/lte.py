@@ -146,7 +146,9 @@ def trained_settings(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SETTINGS
     if not path.is_file():
-        raise FasteditError(f"there is no {SETTINGS} in {folder}: name a folder that fastedit train lte wrote")
+        raise FasteditError(
+            f"there is no {SETTINGS} in {folder}: name a folder that fastedit train lte wrote"
+        )
     content = read_json(path)
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CorruptFile(f"{path} does not describe an LTE adapter of version {VERSION}")
@@ -167,7 +169,8 @@ def require_tuned(model: nn.Module, trained: dict[str, Any], folder: str) -> Non
         )
     if found != trained["tuned"]:
         logger.warning(
-            "the model is neither the one that %s was trained on nor that with the adapter in the same bits", folder
+            "the model is neither the one that %s was trained on nor that with the adapter in the same bits",
+            folder,
         )
 
 
@@ -187,7 +190,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     trained = trained_settings(folder)
     if fingerprint(model) != trained["base"]:
-        raise BaseMismatch(f"the adapter {folder} was trained on another model, or on this one in another precision")
+        raise BaseMismatch(
+            f"the adapter {folder} was trained on another model, or on this one in another precision"
+        )
     peft = import_peft()
     tuned = peft.PeftModel.from_pretrained(unwrap(model), str(folder)).merge_and_unload()
     return tuned.eval()  # type: ignore[no-any-return]

@@ -185,9 +185,13 @@ def train(
         answers = base_answers(model, tokenizer, examples, settings.answer_tokens)
         learner = LteLearner(peft, unwrap(model), tokenizer, settings, answers, base, seed)
         try:
-            content = {key: value for key, value in asdict(settings).items() if key not in ("patience", "merged")}
+            content = {
+                key: value for key, value in asdict(settings).items() if key not in ("patience", "merged")
+            }
             facts = [[e.fact.as_dict(), e.inside, e.outside] for e in examples]
-            loop = _Scheduled(learner, trained, held, seed, name_of([base, content, encoder.digest, seed, facts]))
+            loop = _Scheduled(
+                learner, trained, held, seed, name_of([base, content, encoder.digest, seed, facts])
+            )
             report = loop.run(out, progress)
         finally:
             learner.unload()
@@ -214,12 +218,16 @@ def examples_of(records: Iterable[Record], encoder: SentenceEncoder) -> list[Exa
             inside = list(dict.fromkeys([fact.text, *rephrased]))
             found.append((fact, inside, [t for t in dict.fromkeys(outside) if t.strip() and t not in inside]))
     if not any(outside for _, _, outside in found):
-        raise ValueError("training needs records with prompts out of scope (locality or neighbourhood), got none")
+        raise ValueError(
+            "training needs records with prompts out of scope (locality or neighbourhood), got none"
+        )
     near = neighbours([fact for fact, _, _ in found], encoder)
     examples = []
     for number, (fact, inside, own) in enumerate(found):
         others = (found[(number + step) % len(found)] for step in range(1, len(found)))
-        outside = own or next((each for other, _, each in others if each and other.subject != fact.subject), [])
+        outside = own or next(
+            (each for other, _, each in others if each and other.subject != fact.subject), []
+        )
         if outside:
             examples.append(Example(fact, inside, outside, near[number]))
     return examples
@@ -243,7 +251,9 @@ def base_answers(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], n_tokens: int
 ) -> dict[str, list[int]]:
     """The model's greedy answers to all prompts out of scope, ids up to the end of the text or ``n_tokens``."""
-    texts = sorted({text for example in examples for text in example.outside}, key=lambda text: (len(text), text))
+    texts = sorted(
+        {text for example in examples for text in example.outside}, key=lambda text: (len(text), text)
+    )
     device = next(model.parameters()).device
     ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ending = {ends} if isinstance(ends, int) else set(ends or ())
@@ -345,7 +355,11 @@ class LteLearner(Learner[Example]):
         """
         found = []
         for example in batch:
-            facts, inside, outside = self.block(example, rng), rng.choice(example.inside), rng.choice(example.outside)
+            facts, inside, outside = (
+                self.block(example, rng),
+                rng.choice(example.inside),
+                rng.choice(example.outside),
+            )
             shown = facts if rng.random() < 0.5 else []
             target = target_ids(self.tokenizer, example.fact.target)
             pair = self._pair(facts, inside, target, shown, outside)

@@ -187,7 +187,9 @@ class Rase(RetrievalEditor):
         }
         found = {names[name]: as_factors(edit.change(name)) for name in edit.weight_names}
         if not all(factors.is_finite() for factors in found.values()):
-            raise NumericalError(f"the patch of {fact.text!r} is not finite: take other settings of {self._name}")
+            raise NumericalError(
+                f"the patch of {fact.text!r} is not finite: take other settings of {self._name}"
+            )
         empty = {layer: self.description.projection(layer) for layer in names.values() if layer not in found}
         none = {layer: LowRank(torch.zeros(p.d_out, 0), torch.zeros(p.d_in, 0)) for layer, p in empty.items()}
         return {**found, **none}

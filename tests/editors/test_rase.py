@@ -331,7 +331,16 @@ def test_from_the_command_line(encoder: str, tmp_path: Path, capsys: pytest.Capt
     tiny_tokenizer().save_pretrained(model)
     out = str(tmp_path / "edit")
     settings = ["--set", "editor=ft", 'editor_params={"steps": 3, "layers": [1]}', f"encoder={encoder}"]
-    edit = ["edit", model, "--fact", "The capital of {France} is -> Lyon", "--method", "rase", "--device", "cpu"]
+    edit = [
+        "edit",
+        model,
+        "--fact",
+        "The capital of {France} is -> Lyon",
+        "--method",
+        "rase",
+        "--device",
+        "cpu",
+    ]
     save = ["--out", out, "--save-model", str(tmp_path / "edited"), "--json"]
     assert main([*edit, *settings, *save]) == 0
     assert json.loads(capsys.readouterr().out)["params"]["editor"] == "ft"
