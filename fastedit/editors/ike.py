@@ -1,14 +1,15 @@
 """IKE: in-context editing, with demonstrations in front of the prompt (Zheng et al. 2023, arXiv 2305.12740).
 
 Nothing is trained. What stands in front of a prompt is made when the fact is edited: blocks of two lines, "New Fact"
-and "Prompt", of facts that are like it; a block of the fact itself; and the fact again, over the prompt. The model reads
-it once for each fact and keeps keys and values. With ``k=0`` there are no demonstrations: the plain text prefix.
+and "Prompt", of facts that are like it; a block of the fact itself; and the fact again, over the prompt. The model
+reads it once for each fact and keeps keys and values. With ``k=0`` there are no demonstrations: the plain text
+prefix.
 
-As published (profile ``"official"``): 32 examples nearest to the fact, copy, update and retain 4 : 12 : 16, the nearest
-last, and the nearest stored fact in front of every prompt, for the method has no notion of scope: evaluations hand it
-the fact that each prompt belongs to. In ``clean`` a prompt must be similar to the fact's, and examples about the
-subject of the edit itself are not shown. EasyEdit takes 16 examples of one pool of all kinds, so that the ratio is left
-to chance, the nearest first, and no block of the fact itself; nothing of this is here.
+As published (profile ``"official"``): 32 examples nearest to the fact, copy, update and retain 4 : 12 : 16, the
+nearest last, and the nearest stored fact in front of every prompt, for the method has no notion of scope: evaluations
+hand it the fact that each prompt belongs to. In ``clean`` a prompt must be similar to the fact's, and examples about
+the subject of the edit itself are not shown. EasyEdit takes 16 examples of one pool of all kinds, so that the ratio
+is left to chance, the nearest first, and no block of the fact itself; nothing of this is here.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class IkeParams:
         reserve: tokens of the context that are left for prompts and answers.
         encoder: folder or name of the sentence encoder.
         pooling: of its states: ``"mean"``, ``"cls"`` or ``"last"``.
-        threshold: of the cosine between a prompt and the fact's prompt, from which the fact is in front; None: 0.65, in
-            ``official`` there is no threshold.
+        threshold: of the cosine between a prompt and the fact's prompt, from which the fact is in front; None: 0.65,
+            in ``official`` there is no threshold.
         tokenizer: folder of the base model's tokenizer, where a loaded edit finds it.
     """
 
@@ -167,8 +168,8 @@ class Ike(RetrievalEditor):
         """The embeddings of the facts' prompts, and their texts.
 
         Raises:
-            InvalidFact: not even a fact itself fits into the model's context, or its prompt is longer than the encoder
-                takes.
+            InvalidFact: not even a fact itself fits into the model's context, or its prompt is longer than the
+                encoder takes.
         """
         keys = self.keys(facts, watch)
         with watch.stage("text"):
@@ -176,8 +177,8 @@ class Ike(RetrievalEditor):
         short = sum(len(kinds) < self.params.k for _, kinds in texts)
         if short:
             logger.warning(
-                "%d of %d facts have fewer than %d demonstrations, as many as the context of %s tokens and the examples "
-                "allow",
+                "%d of %d facts have fewer than %d demonstrations: as many as the context of %s tokens and the "
+                "examples allow",
                 short,
                 len(facts),
                 self.params.k,
@@ -197,8 +198,9 @@ class Ike(RetrievalEditor):
         fitting = self._ids(fact, [])
         if len(fitting) > room:
             raise InvalidFact(
-                f"{fact.text!r} takes {len(fitting)} tokens in front of a prompt without any demonstration, the context "
-                f"of {self.description.context_length} has room for {room}: take a smaller reserve, or copy_block=False"
+                f"{fact.text!r} takes {len(fitting)} tokens in front of a prompt without any demonstration, the "
+                f"context of {self.description.context_length} has room for {room}: take a smaller reserve, or "
+                "copy_block=False"
             )
         low, high = 0, len(found)
         whole = self._ids(fact, [block for _, block in found])

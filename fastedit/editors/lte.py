@@ -1,13 +1,13 @@
 """LTE: the nearest facts are put in front of a prompt, for a model that was tuned to heed them (Jiang et al. 2024).
 
-Learning to Edit (arXiv 2402.11905). Nothing is trained for an edit: the embedding of its prompt is kept, and a block of
-text with the fact stands in front of the prompts that are about it. Whether the model then answers by the block, and
-ignores it where it is beside the point, is what :mod:`fastedit.editors.lte_training` tunes it for. The tuned model is a
-model of its own: load the folder ``merged`` that training wrote, or put the adapter into the base model by
+Learning to Edit (arXiv 2402.11905). Nothing is trained for an edit: the embedding of its prompt is kept, and a block
+of text with the fact stands in front of the prompts that are about it. Whether the model then answers by the block,
+and ignores it where it is beside the point, is what :mod:`fastedit.editors.lte_training` tunes it for. The tuned
+model is a model of its own: load the folder ``merged`` that training wrote, or put the adapter into the base model by
 :func:`load_adapter`. Without tuning this is a text prefix found by similarity.
 
-In ``official`` the nearest fact is in front of every prompt, whatever it is about. Released weights expect the wording
-that they were trained with: give it as ``template``.
+In ``official`` the nearest fact is in front of every prompt, whatever it is about. Released weights expect the
+wording that they were trained with: give it as ``template``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Lte(RetrievalEditor):
             n += n_target(self.tokenizer, fact)
             if limit is not None and n > limit:
                 raise InvalidFact(
-                    f"{fact.text!r} takes {n} tokens with its block in front and its target, the context holds {limit}"
+                    f"{fact.text!r} takes {n} tokens with its block in front and its target, the context holds "
+                    f"{limit}"
                 )
         return Learned({"keys": self.keys(facts, watch)})
 
@@ -164,8 +165,8 @@ def require_tuned(model: nn.Module, trained: dict[str, Any], folder: str) -> Non
     found = fingerprint(model)
     if found == trained["base"]:
         raise BaseMismatch(
-            f"the model does not have the adapter {folder} in its weights: load {Path(folder) / MERGED} in its place, "
-            "or put it in by fastedit.editors.lte.load_adapter(model, folder)"
+            f"the model does not have the adapter {folder} in its weights: load {Path(folder) / MERGED} in its "
+            "place, or put it in by fastedit.editors.lte.load_adapter(model, folder)"
         )
     if found != trained["tuned"]:
         logger.warning(
@@ -194,8 +195,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"the adapter {folder} was trained on another model, or on this one in another precision"
         )
     peft = import_peft()
-    tuned = peft.PeftModel.from_pretrained(unwrap(model), str(folder)).merge_and_unload()
-    return tuned.eval()  # type: ignore[no-any-return]
+    tuned: nn.Module = peft.PeftModel.from_pretrained(unwrap(model), str(folder)).merge_and_unload()
+    return tuned.eval()
 
 
 def import_peft() -> Any:

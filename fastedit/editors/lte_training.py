@@ -1,15 +1,15 @@
 """Training of a model for LTE: a LoRA adapter, by supervised examples with and without a block of facts (peft).
 
-Every record gives two rows a step. *In scope*: its prompt or a rephrasing, with a block of its fact in front, is to be
-answered by the new target. *Out of scope*: a prompt that the fact does not bear on, half of the time with that block in
-front, is to be answered as the base model answers it, whose greedy answers are collected once before training. In half
-of the blocks the fact stands alone, in a quarter each with one and with two others in shuffled order: facts of other
-subjects among its five nearest neighbours by the embeddings of their prompts. The loss is the mean over the rows of the
-mean negative log-likelihood of the answer's tokens.
+Every record gives two rows a step. *In scope*: its prompt or a rephrasing, with a block of its fact in front, is to
+be answered by the new target. *Out of scope*: a prompt that the fact does not bear on, half of the time with that
+block in front, is to be answered as the base model answers it, whose greedy answers are collected once before
+training. In half of the blocks the fact stands alone, in a quarter each with one and with two others in shuffled
+order: facts of other subjects among its five nearest neighbours by the embeddings of their prompts. The loss is the
+mean over the rows of the mean negative log-likelihood of the answer's tokens.
 
-The published training also has long-form and general instructions, answers by a stronger model, and tunes all weights;
-its LoRA variant gave the rank, the scale, the dropout and the rate here. The rate rises over the first 3 % of the steps
-and falls by a cosine to nothing.
+The published training also has long-form and general instructions, answers by a stronger model, and tunes all
+weights; its LoRA variant gave the rank, the scale, the dropout and the rate here. The rate rises over the first 3 %
+of the steps and falls by a cosine to nothing.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ def train(
         progress: show a bar; None shows it on a terminal only.
 
     Returns:
-        ``steps``, ``best_step``, ``examples``, ``validation`` (of the best: ``loss``; ``nll`` and ``accuracy`` of rows
-        ``inside`` and ``outside``, an answer being right if all its tokens are) and ``history``, a validation a row.
+        ``steps``, ``best_step``, ``examples``, ``validation`` (of the best: ``loss``; ``nll`` and ``accuracy`` of
+        rows ``inside`` and ``outside``, an answer being right if all its tokens are) and ``history``, a validation a
+        row.
 
     Raises:
         FasteditError: peft is not installed, or the model has a memory.
@@ -248,21 +249,21 @@ def neighbours(facts: Sequence[Fact], encoder: SentenceEncoder) -> list[list[Fac
 
 @torch.no_grad()
 def base_answers(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], n_tokens: int
+    model: Any, tokenizer: Any, examples: Sequence[Example], n_tokens: int
 ) -> dict[str, list[int]]:
     """The model's greedy answers to all prompts out of scope, ids up to the end of the text or ``n_tokens``."""
     texts = sorted(
         {text for example in examples for text in example.outside}, key=lambda text: (len(text), text)
     )
     device = next(model.parameters()).device
-    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = model.generation_config.eos_token_id
     ending = {ends} if isinstance(ends, int) else set(ends or ())
     found: dict[str, list[int]] = {}
     for start in range(0, len(texts), _TOGETHER):
         batch = texts[start : start + _TOGETHER]
         rows = [encode_prompt(tokenizer, text) for text in batch]
         ids, mask, _ = (t.to(device) for t in pad_batch(rows, pad_id(tokenizer), side="left"))
-        out = model.generate(  # type: ignore[operator]
+        out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=n_tokens,
@@ -415,7 +416,7 @@ class LteLearner(Learner[Example]):
 
 
 def answer_losses(model: Any, rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows,) mean negative log-likelihood of each row's answer, fp32, and whether all its tokens are the likeliest."""
+    """(rows,) mean negative log-likelihood of each row's answer, fp32, and whether all its tokens are likeliest."""
     ids, mask, positions = (t.to(device) for t in pad_batch([row.ids for row in rows], 0))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")

@@ -93,8 +93,8 @@ class Rase(RetrievalEditor):
         model: the base model; it ends with the bits it had.
         tokenizer: its tokenizer.
         params: see :class:`RaseParams`.
-        profile: passed on to the editor as well. ``"official"`` compares facts by their keys alone when near-duplicates
-            are sought, and asks the gate before the candidates are ranked two-way as well as after.
+        profile: passed on to the editor as well. ``"official"`` compares facts by their keys alone when
+            near-duplicates are sought, and asks the gate before the candidates are ranked two-way as well as after.
         seed: see :class:`Editor`; of the editor too.
         progress: see :class:`Editor`.
         **options: of the editor, such as ``statistics``.
@@ -247,7 +247,7 @@ def as_factors(change: Change) -> LowRank:
 
 def _stacked(patches: Sequence[Mapping[int, LowRank]]) -> dict[str, Tensor]:
     """``A.layer`` (n, d_in, r) and ``B.layer`` (n, r, d_out), smaller ranks filled up with zeros."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in patches[0]:
         factors = [patch[layer] for patch in patches]
         rank, (d_out, d_in) = max(each.rank for each in factors), factors[0].shape

@@ -26,8 +26,8 @@ from .stopwatch import Stopwatch
 class RetrievalEditor(Editor):
     """Base of editors whose memory finds facts by the text of a prompt.
 
-    Its hyper-parameters name the ``encoder``, its ``pooling`` and the folder of the base model's ``tokenizer``. A method
-    gives its :attr:`memory_class` and :meth:`learn`.
+    Its hyper-parameters name the ``encoder``, its ``pooling`` and the folder of the base model's ``tokenizer``. A
+    method gives its :attr:`memory_class` and :meth:`learn`.
 
     Args:
         model: see :class:`Editor`.

@@ -1,8 +1,8 @@
 """Demonstrations of editing in a context: how a new fact is copied, followed, and left aside (Zheng et al. 2023).
 
-A demonstration is a block of two lines, a fact and a prompt with its answer. *Copy* asks the fact's own prompt, *update*
-a rephrasing, whose answer is the new one as well, *retain* a prompt that the fact does not bear on, with its true
-answer.
+A demonstration is a block of two lines, a fact and a prompt with its answer. *Copy* asks the fact's own prompt,
+*update* a rephrasing, whose answer is the new one as well, *retain* a prompt that the fact does not bear on, with its
+true answer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def load_examples(source: str | Path | Iterable[Any]) -> list[Example]:
     Raises:
         InvalidFact: there are none.
     """
-    items = load_records(source) if isinstance(source, (str, Path)) else source
+    items: Iterable[Any] = load_records(source) if isinstance(source, (str, Path)) else source
     examples = examples_of(items)
     if not examples:
         raise InvalidFact("there are no facts to demonstrate with")

@@ -1,8 +1,8 @@
-"""RASE's fact-patch memory: each fact has a patch of its own, added for the prompts that are about it (Han et al. 2023).
+"""RASE's fact-patch memory: each fact has a patch, added for the prompts that are about it (Han et al. 2023).
 
-The base weights stay as they are. A fact's patch is the change that an editor made of it alone, kept as factors: at an
-edited projection a routed sample's outputs become y + x A_b B_b, a gather and two thin products, where b is the fact
-that its prompt was matched to. Facts know nothing of each other, so their number does not wear the model down.
+The base weights stay as they are. A fact's patch is the change that an editor made of it alone, kept as factors: at
+an edited projection a routed sample's outputs become y + x A_b B_b, a gather and two thin products, where b is the
+fact that its prompt was matched to. Facts know nothing of each other, so their number does not wear the model down.
 
 A prompt is matched once, at prefill, by a sentence encoder: the facts with the nearest keys are candidates, the gate
 says whether the first of them is meant. A key is the embedding of the fact with its answer; two-way, a candidate's
@@ -74,8 +74,8 @@ class RaseMemory(Memory):
     """Keys, prompts and patches of facts.
 
     An edit's content: ``keys`` and ``sentences`` (n, k) fp32, rows of norm one, and for each edited block ``A.layer``
-    (n, d_in, r) and ``B.layer`` (n, r, d_out), fp32; in ``about`` the digest of the ``encoder``. Any edit can be taken
-    off, as if it had never been made.
+    (n, d_in, r) and ``B.layer`` (n, r, d_out), fp32; in ``about`` the digest of the ``encoder``. Any edit can be
+    taken off, as if it had never been made.
 
     A new fact replaces its near-duplicates: those with the same subject whose prompts' embeddings have a cosine above
     ``merge_above``; in ``official`` those whose keys have, whatever the subject.

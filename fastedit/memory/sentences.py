@@ -116,7 +116,8 @@ def base_tokenizer(model: nn.Module, *places: str) -> Any:
                 return load_tokenizer(place)
             except (OSError, ValueError):
                 continue
+    named = ", ".join(place for place in candidates if place) or "the known places"
     raise FasteditError(
-        "prompts are found by their text, so the base model's tokenizer is needed, which is in none of "
-        f"{', '.join(place for place in candidates if place) or 'the known places'}: name its folder, edit.params['tokenizer'] = ..."
+        f"prompts are found by their text, so the base model's tokenizer is needed, which is in none of {named}: "
+        "name its folder, edit.params['tokenizer'] = ..."
     )

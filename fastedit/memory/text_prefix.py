@@ -1,8 +1,8 @@
 """Facts found by the prompt's text, and a text in front of the prompts that are about them: IKE's and LTE's memories.
 
-A prompt and the prompts of facts are compared by the cosine of their sentence embeddings. What stands in front is read
-by the model once for each entry (see :mod:`fastedit.memory.prefix`), so a long text costs its tokens once, and after
-that only the attention to it.
+A prompt and the prompts of facts are compared by the cosine of their sentence embeddings. What stands in front is
+read by the model once for each entry (see :mod:`fastedit.memory.prefix`), so a long text costs its tokens once, and
+after that only the attention to it.
 
 A prompt is continued as the tokens it came in, so nothing can be put behind it, and the text in front is tokenised on
 its own. Where a tokenizer puts a space before every text, a space at the end of the text in front is left to it.
@@ -30,7 +30,7 @@ from .side_module import SideModule
 
 
 def ids_in_front(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text to which a prompt with tokens of its own is joined; with the special tokens a text begins with."""
+    """Ids of a text that a prompt with tokens of its own is joined to, with the special tokens a text begins with."""
     if text.endswith(" ") and _prepends_space(tokenizer):
         text = text[:-1]
     return encode_prompt(tokenizer, text)
@@ -54,8 +54,8 @@ class Line:
 class TextMemory(PrefixMemory):
     """Facts by the embeddings of their prompts, and what text is put in front.
 
-    An edit's content: ``keys`` (n, d) fp32, rows of norm one, and in ``about`` the digest of the ``encoder``. Any edit
-    can be taken off, as if it had never been made. Of facts with the same prompt the newest answers.
+    An edit's content: ``keys`` (n, d) fp32, rows of norm one, and in ``about`` the digest of the ``encoder``. Any
+    edit can be taken off, as if it had never been made. Of facts with the same prompt the newest answers.
 
     With ``threshold`` None the nearest fact is always in front; otherwise facts whose cosine with the prompt is above
     it, at most ``n_facts`` of them, the nearest first.
@@ -171,7 +171,7 @@ class TextMemory(PrefixMemory):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the keys, the texts' ids and the encoder; keys and values that the model has read are kept beside."""
+        """Bytes of the keys, the texts' ids and the encoder; what the model has read of the texts is kept beside."""
         held = 0 if self._index is None else self._index.n_bytes
         held += sum(edit.size_bytes for edit in self._edits.values())
         return held + (0 if self.encoder is None else self.encoder.n_bytes)
@@ -211,8 +211,8 @@ def block_text(template: str, facts: Sequence[Fact]) -> str:
 class IkeMemory(TextMemory):
     """IKE's facts, each with the text that was made for it.
 
-    An edit's content, further: ``ids`` (m,) int32, the texts of all its facts one after the other, and ``lengths`` (n,)
-    int32.
+    An edit's content, further: ``ids`` (m,) int32, the texts of all its facts one after the other, and ``lengths``
+    (n,) int32.
     """
 
     method = "ike"

@@ -161,7 +161,7 @@ def test_the_gate_by_its_definition() -> None:
 @pytest.mark.parametrize("profile", ["clean", "official"])
 def test_matching_equals_brute_force(profile: str, encoder: str) -> None:
     params = {"gate_best": 0.8, "gate_margin": 0.02, "gate_spread": 0.01, "k": 5}
-    model, editor, edit = edited(encoder, inner="ultraedit", params=params, profile=profile)
+    _, editor, edit = edited(encoder, inner="ultraedit", params=params, profile=profile)
     keys, sentences = edit.content["keys"], edit.content["sentences"]
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(60, keys.shape[1], generator=generator)
