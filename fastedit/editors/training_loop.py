@@ -104,6 +104,7 @@ class Loop(Generic[X]):
         self.optimiser = torch.optim.Adam(learner.groups())
         self.step = self.best_step = 0
         self.history: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}  # added to the report
 
     def run(self, out: Path, progress: bool | None) -> dict[str, Any]:
         """Train to the end; returns :meth:`report`.
@@ -139,7 +140,7 @@ class Loop(Generic[X]):
             with torch.enable_grad(), torch.random.fork_rng(gpu):
                 torch.manual_seed(random.Random(f"{self.seed} {self.step} {part} dropout").getrandbits(63))
                 loss, _ = learner.losses(batch, rng)
-                (loss / learner.accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / learner.accumulate).backward()
             if not bool(loss.isfinite()):
                 raise NumericalError(
                     f"the loss stopped being finite at step {self.step}: lower the learning rates"
@@ -169,6 +170,7 @@ class Loop(Generic[X]):
             "examples": {"trained": len(self.trained), "held": len(self.held)},
             "validation": {key: value for key, value in best.items() if key != "step"},
             "history": list(self.history),
+            **self.notes,
         }
 
     def save(self, path: Path) -> None:

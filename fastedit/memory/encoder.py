@@ -60,7 +60,8 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """Of its hidden states."""
-        return int(self.module.config.hidden_size)
+        config: Any = self.module.config
+        return int(config.hidden_size)
 
     @property
     def device(self) -> torch.device:

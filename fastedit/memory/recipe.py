@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,16 @@ from .edit import MemoryEdit
 from .encoder import TextEncoder
 from .fact_store import FactStore
 from .prefix import Prefix, PrefixMemory
+from .side_module import SideModule
 
 FORMAT, VERSION = "fastedit-recipe", 1
 SETTINGS, NETWORKS, ENCODER, TOKENIZER = "recipe.json", "recipe.safetensors", "encoder", "tokenizer"
 _QUERIES, _PROMPTS = 4096, 256  # kept of each
+
+
+def knowledge_text(prompt: str, answer: str) -> str:
+    """A fact as the encoder reads it: prompt and answer, with one space between them."""
+    return f"{prompt.rstrip(' ')} {answer.strip()}"
 
 
 # ------------------------------------------------------------------ networks
@@ -139,11 +144,17 @@ class RecipeParts:
 
     def __post_init__(self) -> None:
         self.networks.eval().requires_grad_(False)
-        self._sentinel: tuple[Any, Tensor] | None = None
+        self._known: dict[str, tuple[Any, Any]] = {}
 
     @property
     def digest(self) -> str:
-        """32 hexadecimal digits: sizes, weights, encoder and base model. Keys of another digest cannot be compared."""
+        """32 hexadecimal digits: sizes, weights, encoder and base model.
+
+        Keys of checkpoints with different digests cannot be compared.
+        """
+        return str(self._of_weights("digest", self._digest))
+
+    def _digest(self) -> str:
         weights = sorted((name, weight_digest(tensor)) for name, tensor in self.networks.tensors().items())
         content = [asdict(self.networks.sizes), self.base, fingerprint(self.encoder.module), weights]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -166,12 +177,20 @@ class RecipeParts:
     @property
     def sentinel(self) -> Tensor:
         """(dim,) fp32 on the CPU: the sentinel's key; made anew whenever a weight that it comes from has changed."""
+        found: Tensor = self._of_weights("sentinel", self._sentinel)
+        return found
+
+    @torch.no_grad()
+    def _sentinel(self) -> Tensor:
+        return self.networks.sentinel_key(self.encoder)[0].float().cpu()
+
+    def _of_weights(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is computed from the weights, remembered as long as none of them changes."""
         weights = [*self.networks.parameters(), *self.encoder.module.parameters()]
         state = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self._sentinel is None or self._sentinel[0] != state:
-            with torch.no_grad():
-                self._sentinel = state, self.networks.sentinel_key(self.encoder)[0].float().cpu()
-        return self._sentinel[1]
+        if name not in self._known or self._known[name][0] != state:
+            self._known[name] = state, make()
+        return self._known[name][1]
 
     def to(self, device: torch.device) -> None:
         """Move networks and encoder."""
@@ -300,8 +319,192 @@ class RecipeMemory(PrefixMemory):
     """Facts by their keys, and the checkpoint that reads prompts and makes soft prompts.
 
     An edit's content: ``keys`` (n, dim) fp32, a row per fact, and in ``about`` the digest of the ``checkpoint`` that
-    made them. Any edit can be taken off.
+    made them. Any edit can be taken off. The facts lie in a :class:`fastedit.memory.fact_store.FactStore`, in main
+    memory or, if ``params["store"]`` names a folder, there: then they outlive the edits of this process.
     """
 
     method = "recipe"
-    settings = ("checkpoint", "store", "on_duplicate")
+    settings = ("on_duplicate",)
+
+    def __init__(
+        self, d_in: int, d_out: int, params: Mapping[str, Any], profile: str = "clean", seed: int = 0
+    ) -> None:
+        super().__init__(d_in, d_out, params, profile, seed)
+        if profile == "official":
+            self.route_tokens = "all"
+        self.parts: RecipeParts | None = None
+        self._opened: FactStore | None = None
+        self._groups: set[str] = set()
+        self._queries: OrderedDict[str, Tensor] = OrderedDict()
+        self._prompts: OrderedDict[int, Tensor] = OrderedDict()
+        self._prompts_version = 0
+
+    def attach_to(self, model: nn.Module) -> SideModule:
+        """Stand beside a model; loads the checkpoint and opens the store if that was not done.
+
+        Raises:
+            FasteditError: something cannot be loaded, or the store is open elsewhere.
+            BaseMismatch: the checkpoint is for another model, or the store was filled with another checkpoint.
+        """
+        if self.parts is None:
+            self.parts = load_parts(self.params["checkpoint"], self.params["encoder"])
+            require_model(self.parts, model, self.params["checkpoint"], self.params["same_weights"])
+            self.parts.to(next(model.parameters()).device)
+        if self.tokenizer is None:
+            self.tokenizer = _own_tokenizer(self.params["checkpoint"])
+        _ = self.store
+        return super().attach_to(model)
+
+    def detached(self) -> None:
+        """Let go of the store's folder."""
+        if self._opened is not None and self._opened.path is not None:
+            self._opened.close()
+            self._opened = None
+
+    @property
+    def store(self) -> FactStore:
+        """The facts. What is changed here by hand is seen at once: raise :attr:`version` after it."""
+        if self._opened is None:
+            self._opened = self._open()
+            self._groups = {entry.group for entry in self._opened.entries()}
+        return self._opened
+
+    @property
+    def outlives_edits(self) -> bool:
+        """Whether it has a folder of its own."""
+        return bool(self.params["store"])
+
+    def _open(self) -> FactStore:
+        parts, index, policy = self._ready, self.params["index"], self.params["on_duplicate"]
+        device = "cpu" if index.startswith("faiss") else parts.encoder.device
+        options = {"stamp": parts.digest, "index": index, "on_duplicate": policy, "device": device}
+        path = Path(self.params["store"])
+        if self.params["store"] and path.is_dir() and any(path.iterdir()):
+            return FactStore.open(path, **options)
+        return FactStore(parts.networks.sizes.dim, path=path if self.params["store"] else None, **options)
+
+    @property
+    def _ready(self) -> RecipeParts:
+        if self.parts is None:
+            raise FasteditError("the RECIPE memory has no checkpoint yet: attach it to a model first")
+        return self.parts
+
+    # -- serving ------------------------------------------------------------------------------------
+
+    def find(self, texts: list[str]) -> Decision:
+        """The fact of the greatest inner product, if that is greater than the sentinel's.
+
+        ``score`` is how much it is greater; −infinity where nothing is found.
+        """
+        parts = self._ready
+        if not texts or not len(self.store):
+            return Decision(
+                torch.full((len(texts),), -1, dtype=torch.int64), score=torch.full((len(texts),), -torch.inf)
+            )
+        queries = self._encoded(texts)
+        threshold = (queries.double() @ parts.sentinel.double()).float()
+        ids, scores = self.store.search(queries, 1, threshold)
+        return Decision(ids[:, 0], score=scores[:, 0] - threshold)
+
+    def _encoded(self, texts: list[str]) -> Tensor:
+        """(n, dim) queries of texts, which are remembered."""
+        new = [text for text in texts if text not in self._queries]
+        if new:
+            self._queries.update(zip(new, self._ready.queries(new), strict=True))
+        for text in texts:
+            self._queries.move_to_end(text)
+        found = torch.stack([self._queries[text] for text in texts])
+        while len(self._queries) > _QUERIES:
+            self._queries.popitem(last=False)
+        return found
+
+    def prefix(self, index: int) -> Prefix:
+        """The soft prompt that the generator makes of an entry's key; the latest used ones are remembered."""
+        if self._prompts_version != self.version:
+            self._prompts.clear()
+            self._prompts_version = self.version
+        if index not in self._prompts:
+            self._prompts[index] = self._ready.prompts(self.store.keys([index]))[0]
+        self._prompts.move_to_end(index)
+        while len(self._prompts) > _PROMPTS:
+            self._prompts.popitem(last=False)
+        return Prefix(embeddings=self._prompts[index])
+
+    # -- content ------------------------------------------------------------------------------------
+
+    def add(self, edit: MemoryEdit) -> None:
+        """Take in an edit's facts, unless the store's folder holds them already."""
+        keys, parts = edit.content.get("keys"), self._ready
+        if keys is None or keys.shape != (len(edit.facts), parts.networks.sizes.dim):
+            raise CorruptFile(
+                f"{edit!r} must hold a key of width {parts.networks.sizes.dim} for each of its facts"
+            )
+        if edit.about.get("checkpoint") != parts.digest:
+            raise BaseMismatch(
+                f"{edit!r} was made with another checkpoint ({edit.about.get('checkpoint')}) than "
+                f"{self.params['checkpoint']!r} is now ({parts.digest}): make it again, or put the former one back"
+            )
+        store = self.store
+        if edit.id not in self._groups:
+            store.add(edit.facts, keys, group=edit.id)
+            self._groups.add(edit.id)
+
+    def remove(self, edit_id: str) -> None:
+        """Take an edit's facts out; older ones with the same prompt answer again."""
+        self.store.delete_group(edit_id)
+        self._groups.discard(edit_id)
+
+    def clear(self) -> None:
+        """Forget all facts, in the store's folder too."""
+        self.store.delete([entry.id for entry in self.store.entries()])
+        self._groups.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_opened": None}
+        if self._opened is not None:  # a copy holds the facts in main memory
+            entries = list(self._opened.entries())
+            state["_copied"] = entries, self._opened.keys([entry.id for entry in entries]).cpu()
+            state["params"] = {**self.params, "store": ""}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entries, keys = state.pop("_copied", ([], None))
+        self.__dict__.update(state)
+        self._prompts = OrderedDict()  # a copy counts its entries anew
+        for row, entry in enumerate(entries):
+            assert keys is not None
+            self.store.add([entry.fact], keys[row : row + 1], group=entry.group)
+        self._groups = {entry.group for entry in entries}
+
+    # -- reports ------------------------------------------------------------------------------------
+
+    @property
+    def n_entries(self) -> int:
+        """Facts held."""
+        return 0 if self.parts is None else len(self.store)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the keys and what they are searched by; networks and encoder do not count."""
+        return 0 if self.parts is None else self.store.n_bytes
+
+    @property
+    def prefill_flops(self) -> int:
+        """Of the search and the query tower; the encoder's come on top."""
+        if self.parts is None:
+            return 0
+        sizes = self.parts.networks.sizes
+        return 2 * sizes.dim * (4 * sizes.width + sizes.dim + self.n_entries + 1)
+
+    def owner(self, index: int) -> str | None:
+        """The edit that an entry belongs to."""
+        return self.store.entry(index).group or None
+
+
+def _own_tokenizer(checkpoint: str) -> Any:
+    from ..models.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(str(Path(checkpoint) / TOKENIZER))
+    except (OSError, ValueError):
+        return None  # then it is looked for elsewhere
