@@ -14,7 +14,7 @@ from ._table import table
 from .edit import setting_values
 
 # Module of each method that is trained; each has train(model, tokenizer, records, out, *, params, ...) -> report.
-TRAINERS = {"recipe": "recipe_training", "serac": "serac_training"}
+TRAINERS = {"lte": "lte_training", "recipe": "recipe_training", "serac": "serac_training"}
 
 _EXAMPLES = """\
   fastedit train serac --model ./model --data zsre_train.json --out serac
@@ -22,6 +22,8 @@ _EXAMPLES = """\
   fastedit train serac --model ./model --data counterfact.json.gz --out serac --set lr=3e-5 steps=5000 \\
       --classifier ./distilbert --counterfactual ./small
       a text encoder as the classifier, and a small model with the same vocabulary
+  fastedit train lte --model ./model --data zsre_train.json --out lte --set steps=2000
+      a LoRA adapter with which the model heeds facts in front of a prompt; the tuned model is lte/merged
   fastedit edit ./model --facts facts.csv --method serac --set classifier=serac --out edits
       what to do with the result
   fastedit train recipe --model ./model --data counterfact_train.json.gz --exclude counterfact_edit.json.gz \\

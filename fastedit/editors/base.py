@@ -41,6 +41,10 @@ _METHODS = {
     "recipe": "recipe",
     "t-patcher": "t_patcher",
     "melo": "melo",
+    "ike": "ike",
+    "lte": "lte",
+    "rase": "rase",
+    "rase_rome": "rase",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RouteScope = Literal["prefill", "per_call"]
 RouteTokens = Literal["prompt", "all"]
 Place = Literal["projection", "mlp"]
+Reads = Literal["states", "ids"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Memory(ABC):
     """Whether a sample's route is decided once, at prefill, or anew in every call."""
     route_tokens: RouteTokens = "prompt"
     """Whether the route may look at the prompt's tokens only, or at all real tokens of the call."""
+    reads: Reads = "states"
+    """Whether a route is decided by what the place is given, or by the token ids of the call."""
     settings: tuple[str, ...] = ()
     """Names of the hyper-parameters that decide how the memory behaves; all edits in it must agree on them."""
     whole_state = False
@@ -146,7 +149,7 @@ class Memory(ABC):
         """Decide for every sample whether the memory answers. Runs without gradients, on the inputs' device.
 
         Args:
-            inputs: (B, T, d_in), what the projection is given.
+            inputs: (B, T, d_in), what the projection is given; for a memory that :attr:`reads` ids those, (B, T).
             outputs: (B, T, d_out), what it returned.
             tokens: (B, T) bool, the tokens to decide by: the prompt's, or all real ones (:attr:`route_tokens`).
                 A row may hold none; its route must then be −1.

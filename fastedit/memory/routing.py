@@ -78,6 +78,17 @@ class Call:
             )
         return routes
 
+    def ids(self, method: str) -> Tensor:
+        """(B, T) the token ids of this call.
+
+        Raises:
+            UnsupportedModel: it was given embeddings.
+        """
+        ids: Tensor | None = self.noted.get("ids")
+        if ids is None:
+            raise UnsupportedModel(f"{method} reads prompts, so it needs input_ids, got inputs_embeds")
+        return ids
+
     def tokens(self, which: RouteTokens, device: torch.device) -> Tensor:
         """(B, T) bool: the real tokens of this call, or those of the prompt among them."""
         real = real_tokens(self._mask, self.size, self.past, device)
@@ -142,6 +153,7 @@ class Router:
             self.last = {}
         size = (tokens.shape[0], tokens.shape[1])
         call = Call(size, mask, past, self.lengths, known, decided)
+        call.noted["ids"] = given.get("input_ids")
         self._calls[threading.get_ident()] = call
         for side in self.sides:
             call.routes(side.key, side.memory)  # raises before any block runs

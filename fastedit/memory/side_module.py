@@ -55,7 +55,8 @@ class SideModule:
         tokens = None
         if routes is None:
             tokens = call.tokens(self.memory.route_tokens, outputs.device)
-            routes = self._decide(inputs, outputs, tokens)
+            read = inputs if self.memory.reads == "states" else call.ids(self.memory.method)
+            routes = self._decide(read, outputs, tokens)
             self.router.note(self.key, routes, call)
         if not routes.used:
             return None
