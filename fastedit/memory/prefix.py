@@ -29,7 +29,6 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -395,14 +394,15 @@ class PrefixSide(SideModule):
         self.router.note(self.key, routes, call)
         return routes
 
-    def _require_place(self, decoder: nn.Module, given: Mapping[str, Any]) -> None:
+    def _require_place(self, decoder: Any, given: Mapping[str, Any]) -> None:
         """Make sure that something can be put in front of this call's texts."""
         method, cache, mask = self.memory.method, given.get("past_key_values"), given.get("attention_mask")
-        if cache is not None and _is_fixed(cache):
+        hybrid = getattr(decoder.config, "cache_implementation", None) == "hybrid"
+        if hybrid or (cache is not None and _is_fixed(cache)):
+            came = "a hybrid cache" if hybrid else type(cache).__name__
             raise UnsupportedModel(
-                f"a {method} memory needs a KV cache that can grow by what it puts in front, got "
-                f"{type(cache).__name__}: use a DynamicCache, which is the default of most models, or "
-                "use_cache=False inside fastedit.memory.prompts"
+                f"a {method} memory needs a KV cache that can grow by what it puts in front, got {came}: "
+                + ("install a newer transformers" if hybrid else "use a DynamicCache, the default of generate()")
             )
         if cache is not None and _length(cache):
             raise FasteditError(
@@ -675,20 +675,17 @@ def attach_in_front(model: nn.Module, memory: PrefixMemory) -> PrefixSide:
 
 
 def _own_tokenizer(model: nn.Module, memory: PrefixMemory) -> Any:
-    from ..models.loading import load_tokenizer
+    from ..models.loading import first_tokenizer
 
     places = [memory.params.get("tokenizer"), getattr(model, "name_or_path", "")]
-    for place in places:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
-    raise FasteditError(
-        f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
-        f"{', '.join(str(place) for place in places if place) or 'the known places'}: set memory.tokenizer, or name "
-        "its folder in the parameter tokenizer"
-    )
+    tokenizer = first_tokenizer(places)
+    if tokenizer is None:
+        raise FasteditError(
+            f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
+            f"{[place for place in places if place]}: name its folder, edit.params['tokenizer'] = ..., or set "
+            "the memory's tokenizer"
+        )
+    return tokenizer
 
 
 # ------------------------------------------------------------------ training
