@@ -497,8 +497,8 @@ class FactStore:
     def compact(self) -> None:
         """Give back the room of deleted facts, and move keys from the database to the safetensors file.
 
-        Done by itself when the changes since have become as many as the facts, and at least 4,096. For a moment it
-        takes the room of the keys once more, in main memory and on disk.
+        Done by itself when the changes since have become half as many as the facts, and at least 4,096. For a moment
+        it takes the room of the keys once more, in main memory and on disk.
 
         Raises:
             FasteditError: the disk is full, or the store is closed. Nothing has changed.
@@ -628,7 +628,8 @@ class FactStore:
             raise CorruptFile(f"fact {row[0]} of {self.path or 'the store'} is damaged: {error}") from error
 
     def _compact_if_due(self) -> None:
-        if self._rows.n - self._n + self._pending * (self.path is not None) >= max(_COMPACT_AT, self._n):
+        changes = self._rows.n - self._n + (self._pending if self.path is not None else 0)
+        if changes >= max(_COMPACT_AT, self._n / 2):
             self.compact()
 
     def _write_keys(self, folder: Path) -> dict[str, str]:

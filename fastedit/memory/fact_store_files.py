@@ -14,7 +14,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from ..artefacts.safetensors_file import read_header, read_tensor
+from ..artefacts.safetensors_file import file_size, read_header, read_tensor
 from ..errors import BaseMismatch, CorruptFile, FasteditError
 from ..io import sha256_file
 from ..ops import check
@@ -49,9 +49,13 @@ def connect(path: str | Path) -> sqlite3.Connection:
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """To a closed store. What a killed process left in the log is taken in, for which one must be able to write."""
-    log = Path(f"{path / DATABASE}-wal")
-    mode = "rw" if log.exists() and log.stat().st_size else "ro&immutable=1"
+    mode = "rw" if file_size(_log_of(path)) else "ro&immutable=1"
     return sqlite3.connect(f"file:{quote(str((path / DATABASE).absolute()))}?mode={mode}", uri=True)
+
+
+def _log_of(path: Path) -> Path:
+    """Where changes are that a killed process did not bring into the database itself."""
+    return path / f"{DATABASE}-wal"
 
 
 def to_log(connection: sqlite3.Connection) -> None:
@@ -87,6 +91,11 @@ def check_whole(connection: sqlite3.Connection, path: Path, stamp: str | None) -
             f"{path} has version {version}, this fastedit reads version {_VERSION}: use a newer one"
         )
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    pages, page_size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
+    )
+    if not file_size(_log_of(path)) and file_size(path / DATABASE) != pages * page_size:
+        found = "truncated"
     if found != "ok":
         raise CorruptFile(f"{path / DATABASE} is damaged ({found}): use a snapshot or a copy of it")
     made_by = read_about(connection)["stamp"]

@@ -28,7 +28,7 @@ from fastedit.memory import fact_store_files as files
 DIM = 3
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-N_CHANGES = 12  # of mode "everywhere"
+N_CHANGES = 9  # of mode "everywhere"
 
 
 def key(number: int) -> torch.Tensor:
