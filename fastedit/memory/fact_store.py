@@ -446,7 +446,7 @@ class FactStore:
             return bool(self._rows.answering(self._rows.of([int(id)])))
 
     def keys(self, ids: Iterable[int] | Tensor | None = None) -> Tensor:
-        """The keys of these ids, (n, d) in float32; None: of all facts, oldest first.
+        """The keys of these ids, (n, d) in float32 on the CPU; None: of all facts, oldest first.
 
         Raises:
             ValueError: there is no such fact.
@@ -454,11 +454,11 @@ class FactStore:
         with self._guard:
             self._prepare()
             if ids is None:
-                return self._rows.index.keys(self._rows.of(all_ids(self._connection)))
+                return self._rows.index.keys(self._rows.of(all_ids(self._connection))).cpu()
             wanted = _as_list(ids)
             for id in wanted:
                 self._text_of(id)
-            return self._rows.index.keys(self._rows.of(wanted))
+            return self._rows.index.keys(self._rows.of(wanted)).cpu()
 
     def __len__(self) -> int:
         with self._guard:
