@@ -47,6 +47,7 @@ from .training_loop import Learner, Loop, name_of, require_room, split_by_subjec
 logger = logging.getLogger(__name__)
 
 _TOGETHER = 64  # rows in one pass of the model without prompts
+_SAMPLE = 1024  # texts whose pooled states are averaged, if the encoder is trained
 
 Asked = tuple[str, str]  # a prompt and its answer
 
@@ -65,11 +66,15 @@ class RecipeTrainingParams:
         prompt_tokens: n, vectors of a soft prompt.
         sentinel_tokens: vectors of the sentinel.
         tied_towers: one tower for knowledge and queries.
+        standardise: the towers read the encoder's pooled states less their mean over the training texts, divided by
+            their deviation: an affine map in front of an affine map, which only eases training. None: not in
+            ``official``.
         both_queries: both contrastive terms for edited prompts and rephrasings, averaged, as in the paper; False: a
             coin gives each record's prompt one term and its rephrasing the other, as in the published code. None:
             False in ``official``.
         scale: t, factor of the scores.
         hinge: a token or row counts only while its probability is less than this times the second greatest.
+        epsilon: ε of −log(p + ε); None: 0, published 1e-8. See :mod:`fastedit.editors.recipe_losses`.
         reliability: weight of the edited prompts' loss.
         generality: weight of the rephrasings' loss.
         locality: weight of the unrelated prompts' KL.
@@ -89,9 +94,11 @@ class RecipeTrainingParams:
     prompt_tokens: int = 3
     sentinel_tokens: int = 10
     tied_towers: bool = False
+    standardise: bool | None = None
     both_queries: bool | None = None
     scale: float = 1.0
     hinge: float = 1.2
+    epsilon: float | None = None
     reliability: float = 1.0
     generality: float = 1.0
     locality: float = 1.0
@@ -120,6 +127,8 @@ class RecipeTrainingParams:
             "encoder_lr": 1e-5 if official else 2e-5,
             "dim": 4096 if official else 512,
             "both_queries": not official,
+            "standardise": not official,
+            "epsilon": 1e-8 if official else 0.0,
         }
         given = {key: value for key, value in asdict(self).items() if value is not None}
         return Settings(**{**chosen, **given})
@@ -134,6 +143,8 @@ class Settings(RecipeTrainingParams):
     encoder_lr: float = 2e-5
     dim: int = 512
     both_queries: bool = True
+    standardise: bool = True
+    epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -390,10 +401,12 @@ class _Learner(Learner[Example]):
     def prepare(self, examples: Sequence[Example], progress: bool | None) -> None:
         """Read what no step changes: unrelated prompts by the model, and all texts by a frozen encoder."""
         unrelated = list(dict.fromkeys(a for e in examples for items in e.outside.values() for a in items))
-        texts: list[str] = []
-        if not self.settings.train_encoder:
-            texts = list(dict.fromkeys(text for example in examples for text in _texts(example)))
-            texts.sort(key=len)
+        texts = list(dict.fromkeys(text for example in examples for text in _texts(example)))
+        if self.settings.train_encoder:
+            texts = (
+                random.Random(0).sample(texts, min(_SAMPLE, len(texts))) if self.settings.standardise else []
+            )
+        texts.sort(key=len)
         with bar_of(total=len(unrelated) + len(texts), desc="reading", unit="text", show=progress) as bar:
             for start in range(0, len(texts), _TOGETHER):
                 part = texts[start : start + _TOGETHER]
@@ -406,6 +419,10 @@ class _Learner(Learner[Example]):
                 found_states = [states.clone() for states in self._states(part_asked, None)]
                 self._before.update(zip(part_asked, found_states, strict=True))
                 bar.update(len(part_asked))
+        if self.settings.standardise:
+            self.networks.standardise(torch.stack(list(self._statistics.values())))
+        if self.settings.train_encoder:
+            self._statistics.clear()
 
     def _row(self, asked: Asked) -> TargetRow:
         if asked not in self._rows:
@@ -463,10 +480,10 @@ class _Learner(Learner[Example]):
         drawn = self._draw(batch, rng)
         knowledge = [knowledge_text(*example.own) for example in batch]
         statistics = self.statistics([*knowledge, *drawn.own, *drawn.inside, *drawn.outside])
-        keys = self.networks.knowledge(statistics[:n])
-        scores = self.scores(self.networks.query(statistics[n:]), keys)
+        keys = self.networks.keys(statistics[:n])
+        scores = self.scores(self.networks.queries(statistics[n:]), keys)
         contrastive = self._contrastive(scores[:n], scores[n : 2 * n], drawn.first, hinge)
-        contrastive = contrastive + outside_loss(scores[2 * n :], hinge)
+        contrastive = contrastive + outside_loss(scores[2 * n :], hinge, settings.epsilon)
         states = self._states(drawn.rows, self.networks.prompts(keys).repeat(3, 1, 1))
         reliability, generality, locality, right = self._edit_losses(states, drawn.rows, hinge)
         loss = (
@@ -491,13 +508,16 @@ class _Learner(Learner[Example]):
 
     def _contrastive(self, own: Tensor, inside: Tensor, first: Sequence[bool], hinge: float | None) -> Tensor:
         """The two terms of relevant queries: scores (B, B + 1) of edited prompts, and of their rephrasings."""
+        epsilon = self.settings.epsilon
         if self.settings.both_queries:
-            terms = [neighbour_loss(scores) + inside_loss(scores, hinge) for scores in (own, inside)]
+            terms = [
+                neighbour_loss(scores, epsilon) + inside_loss(scores, hinge, epsilon)
+                for scores in (own, inside)
+            ]
             return (terms[0] + terms[1]) / 2
         heads = torch.tensor(first, device=own.device)[:, None]
-        return neighbour_loss(torch.where(heads, own, inside)) + inside_loss(
-            torch.where(heads, inside, own), hinge
-        )
+        first_scores, second_scores = torch.where(heads, own, inside), torch.where(heads, inside, own)
+        return neighbour_loss(first_scores, epsilon) + inside_loss(second_scores, hinge, epsilon)
 
     def _edit_losses(
         self, scored: Sequence[Tensor], rows: Sequence[Asked], hinge: float | None
@@ -516,7 +536,7 @@ class _Learner(Learner[Example]):
             "accuracy": float(right[:n_first].mean()),
             "accuracy_rephrased": float(right[n_first:].mean()),
         }
-        return *edit_losses(logits, labels, n_first, before, hinge), accuracies
+        return *edit_losses(logits, labels, n_first, before, hinge, self.settings.epsilon), accuracies
 
     def _draw(self, batch: Sequence[Example], rng: random.Random) -> _Drawn:
         """What is asked, and by which prompts: drawn independently, first the kind, then the prompt."""
@@ -548,9 +568,9 @@ class _Learner(Learner[Example]):
     def _hits(self, asked: Sequence[Example], rng: random.Random) -> dict[str, float]:
         drawn = self._draw(asked, rng)
         knowledge = [knowledge_text(*example.own) for example in asked]
-        keys = self.networks.knowledge(self.statistics(knowledge))
+        keys = self.networks.keys(self.statistics(knowledge))
         n = len(asked)
-        queries = self.networks.query(self.statistics([*drawn.own, *drawn.inside, *drawn.outside]))
+        queries = self.networks.queries(self.statistics([*drawn.own, *drawn.inside, *drawn.outside]))
         scores = self.scores(queries, keys)
         best, found = scores[:, :-1].max(1)
         found = torch.where(best > scores[:, -1], found, -1)

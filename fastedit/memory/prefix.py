@@ -218,12 +218,20 @@ def _names(decoder: nn.Module) -> list[str]:
 
 
 def embed(decoder: Any, prefix: Prefix) -> Tensor:
-    """(n, D) what the decoder is given for a prefix, in its dtype."""
+    """(n, D) what the decoder is given for a prefix, in its dtype.
+
+    Raises:
+        ValueError: embeddings of another width.
+    """
     embeddings = decoder.get_input_embeddings()
     if prefix.ids is not None:
         found: Tensor = embeddings(torch.tensor(prefix.ids, device=embeddings.weight.device))
         return found
     assert prefix.embeddings is not None
+    if prefix.embeddings.shape[1] != embeddings.weight.shape[1]:
+        raise ValueError(
+            f"embeddings must have shape (n, {embeddings.weight.shape[1]}), got {tuple(prefix.embeddings.shape)}"
+        )
     return placeless(decoder, prefix.embeddings.to(embeddings.weight))
 
 
@@ -402,7 +410,11 @@ class PrefixSide(SideModule):
             came = "a hybrid cache" if hybrid else type(cache).__name__
             raise UnsupportedModel(
                 f"a {method} memory needs a KV cache that can grow by what it puts in front, got {came}: "
-                + ("install a newer transformers" if hybrid else "use a DynamicCache, the default of generate()")
+                + (
+                    "install a newer transformers"
+                    if hybrid
+                    else "use a DynamicCache, the default of generate()"
+                )
             )
         if cache is not None and _length(cache):
             raise FasteditError(
@@ -715,11 +727,13 @@ def prefixed_states(
     decoder: Any = describe(model).decoder
     embeddings = decoder.get_input_embeddings()
     (n_rows, length), device = ids.shape, embeddings.weight.device
-    d_model = describe(model).hidden_size
+    d_model = embeddings.weight.shape[1]
     if prompts.dim() != 3 or prompts.shape[::2] != (n_rows, d_model):
         raise ValueError(f"prompts must have shape ({n_rows}, n, {d_model}), got {tuple(prompts.shape)}")
     if mask is not None and (mask.shape != ids.shape or bool((mask[:, 1:] > mask[:, :-1]).any())):
         raise ValueError("prefixed_states: mask must be of the shape of ids, and rows padded on the right")
+    if hit is not None and hit.shape != (n_rows,):
+        raise ValueError(f"hit must have shape ({n_rows},), got {tuple(hit.shape)}")
     n = prompts.shape[1]
     hits = torch.ones(n_rows, dtype=torch.bool) if hit is None else hit.bool()
     hits = hits.to(device)

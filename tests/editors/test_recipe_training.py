@@ -56,8 +56,8 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, leaves: tuple[torch.Tensor, .
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_contrastive_losses(n: int, scale: float) -> None:
+@pytest.mark.parametrize(("scale", "eps"), [(1.0, 1e-8), (3.0, 0.0)], ids=["published", "clean"])
+def test_contrastive_losses(n: int, scale: float, eps: float) -> None:
     generator = torch.Generator().manual_seed(n)
     queries, keys = (
         torch.randn(n, 5, dtype=torch.double, generator=generator).requires_grad_() for _ in range(2)
@@ -65,25 +65,36 @@ def test_contrastive_losses(n: int, scale: float) -> None:
     sentinel = torch.randn(5, dtype=torch.double, generator=generator).requires_grad_()
     leaves = (queries, keys, sentinel)
     scores = queries @ torch.cat((keys, sentinel[None])).T * scale / math.sqrt(5)
-    same(neighbour_loss(scores), recipe_oracle.neighbour(queries, keys, sentinel, scale), leaves)
-    same(inside_loss(scores, 1.2), recipe_oracle.inside(queries, keys, sentinel, scale, 1.2), leaves)
-    same(outside_loss(scores, 1.2), recipe_oracle.outside(queries, keys, sentinel, scale, 1.2), leaves)
+    same(neighbour_loss(scores, eps), recipe_oracle.neighbour(queries, keys, sentinel, scale, eps), leaves)
+    same(
+        inside_loss(scores, 1.2, eps), recipe_oracle.inside(queries, keys, sentinel, scale, 1.2, eps), leaves
+    )
+    same(
+        outside_loss(scores, 1.2, eps),
+        recipe_oracle.outside(queries, keys, sentinel, scale, 1.2, eps),
+        leaves,
+    )
     if n > 1:
-        same(inside_loss(scores, None), recipe_oracle.inside(queries, keys, sentinel, scale, 1e300), leaves)
+        same(
+            inside_loss(scores, None, eps),
+            recipe_oracle.inside(queries, keys, sentinel, scale, 1e300, eps),
+            leaves,
+        )
 
 
 def test_rows_that_are_won_count_nothing() -> None:
     scores = torch.tensor([[0.0, -9.0, 9.0], [-9.0, 0.0, 9.0]], dtype=torch.double, requires_grad=True)
-    for loss in (inside_loss(scores, 1.2), outside_loss(scores, 1.2)):
-        assert float(loss) == 0
+    for loss in (inside_loss(scores, 1.2, 0.0), outside_loss(scores, 1.2, 0.0)):
+        assert float(loss.detach()) == 0
         (gradient,) = torch.autograd.grad(loss, scores)
         assert not gradient.any()
-    assert float(inside_loss(scores, None)) > 0
+    assert float(inside_loss(scores, None, 0.0).detach()) > 0
 
 
-@pytest.mark.parametrize("hinge", [1.0, 1.2, 1e300], ids=["exact", "published", "none"])
+@pytest.mark.parametrize("eps", [1e-8, 0.0], ids=["published", "clean"])
+@pytest.mark.parametrize("hinge", [1.0, 1.2, 1e300], ids=["exact", "hinge", "none"])
 @pytest.mark.parametrize("sizes", [(3, 4, 2), (1, 0, 0), (2, 2, 3)], ids=str)
-def test_edit_losses(sizes: tuple[int, int, int], hinge: float) -> None:
+def test_edit_losses(sizes: tuple[int, int, int], hinge: float, eps: float) -> None:
     first, second, m = sizes
     generator = torch.Generator().manual_seed(7)
     logits = (
@@ -92,9 +103,9 @@ def test_edit_losses(sizes: tuple[int, int, int], hinge: float) -> None:
     labels = torch.randint(11, (first + second,), generator=generator)
     labels[0] = int(logits[0].argmax())  # won already
     before = torch.randn(m, 11, dtype=torch.double, generator=generator)
-    ours = edit_losses(logits * 1, labels, first, before.log_softmax(1), None if hinge > 1e9 else hinge)
+    ours = edit_losses(logits * 1, labels, first, before.log_softmax(1), None if hinge > 1e9 else hinge, eps)
     groups = [(logits[:first], labels[:first]), (logits[first : first + second], labels[first:])]
-    wanted = [recipe_oracle.edit(rows, of.tolist(), hinge) for rows, of in groups]
+    wanted = [recipe_oracle.edit(rows, of.tolist(), hinge, eps) for rows, of in groups]
     wanted.append(
         recipe_oracle.kl(before, logits[first + second :]) if m else torch.zeros((), dtype=torch.double)
     )
@@ -123,28 +134,31 @@ def oracle_objective(learner: Any, drawn: Any, batch: list[Any], model: Any) -> 
     """The loss, one text and one row at a time, whole logits, no cache."""
     settings, networks, n = learner.settings, learner.networks, len(batch)
 
+    def read(tower: Any, statistics: torch.Tensor) -> torch.Tensor:
+        return tower((statistics - networks.centre) / networks.spread)
+
     def towered(tower: Any, texts: list[str]) -> torch.Tensor:
-        return torch.cat([tower(learner.reader.statistics([text])) for text in texts])
+        return torch.cat([read(tower, learner.reader.statistics([text])) for text in texts])
 
     keys = towered(networks.knowledge, [f"{e.fact.text} {e.fact.target_new}" for e in batch])
     own, inside, outside = (
         towered(networks.query, texts) for texts in (drawn.own, drawn.inside, drawn.outside)
     )
-    sentinel = networks.knowledge(learner.reader.statistics_of(networks.sentinel))[0]
-    terms, hinge = (keys, sentinel, settings.scale), settings.hinge
+    sentinel = read(networks.knowledge, learner.reader.statistics_of(networks.sentinel))[0]
+    terms, hinge, eps = (keys, sentinel, settings.scale), settings.hinge, settings.epsilon
     if settings.both_queries:
         contrastive = (
             sum(
-                recipe_oracle.neighbour(q, *terms) + recipe_oracle.inside(q, *terms, hinge)
+                recipe_oracle.neighbour(q, *terms, eps) + recipe_oracle.inside(q, *terms, hinge, eps)
                 for q in (own, inside)
             )
             / 2
         )
     else:
         heads = torch.tensor(drawn.first)[:, None]
-        contrastive = recipe_oracle.neighbour(torch.where(heads, own, inside), *terms)
-        contrastive = contrastive + recipe_oracle.inside(torch.where(heads, inside, own), *terms, hinge)
-    contrastive = contrastive + recipe_oracle.outside(outside, *terms, hinge)
+        contrastive = recipe_oracle.neighbour(torch.where(heads, own, inside), *terms, eps)
+        contrastive = contrastive + recipe_oracle.inside(torch.where(heads, inside, own), *terms, hinge, eps)
+    contrastive = contrastive + recipe_oracle.outside(outside, *terms, hinge, eps)
     prompts = networks.prompts(keys)
     scored: list[list[torch.Tensor]] = [[], [], []]
     labels: list[list[int]] = [[], [], []]
@@ -159,7 +173,7 @@ def oracle_objective(learner: Any, drawn: Any, batch: list[Any], model: Any) -> 
         if number >= 2 * n:
             plain = model(torch.tensor([ids])).logits[0]
             before += [plain[place] for place in places]
-    edits = [recipe_oracle.edit(torch.stack(scored[g]), labels[g], hinge) for g in (0, 1)]
+    edits = [recipe_oracle.edit(torch.stack(scored[g]), labels[g], hinge, eps) for g in (0, 1)]
     kl = recipe_oracle.kl(torch.stack(before), torch.stack(scored[2]))
     parts = (edits[0], edits[1], kl, contrastive)
     weights = (settings.reliability, settings.generality, settings.locality, settings.contrastive)
@@ -196,7 +210,7 @@ def test_a_step_is_its_definition(encoder: Path, family: str, both: bool) -> Non
         torch.testing.assert_close(
             mine, oracle, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
-    assert parts["loss"] == pytest.approx(float(wanted))
+    assert parts["loss"] == pytest.approx(float(wanted.detach()))
 
 
 def test_the_encoder_is_trained_too(encoder: Path) -> None:
@@ -351,9 +365,10 @@ def test_the_published_settings() -> None:
     settings = RecipeTrainingParams().resolved("official")
     assert (settings.batch, settings.lr, settings.encoder_lr, settings.dim) == (8, 1e-5, 1e-5, 4096)
     assert not settings.both_queries
+    assert (settings.standardise, settings.epsilon) == (False, 1e-8)
     assert RecipeTrainingParams(dim=8, both_queries=True).resolved("official").both_queries
     clean = RecipeTrainingParams(lr=1e-3).resolved("clean")
-    assert (clean.lr, clean.encoder_lr, clean.both_queries) == (1e-3, 2e-5, True)
+    assert (clean.lr, clean.encoder_lr, clean.both_queries, clean.standardise) == (1e-3, 2e-5, True, True)
 
 
 def test_training_refuses(encoder: Path, tmp_path: Path) -> None:
