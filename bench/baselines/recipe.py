@@ -125,7 +125,7 @@ class PublishedRecipe:
 
     def kept(self, wanted: Tensor, rows: Tensor) -> Tensor:
         """Mean −log p over the rows that are not won."""
-        second = rows.sort(dim=1, descending=True).values[:, 1]
+        second = rows.topk(2).values[:, 1]
         keep = (wanted < self.hinge * second).float()
         return (-(wanted + EPSILON).log() * keep).sum() / keep.sum().clamp(min=1)
 
@@ -169,7 +169,7 @@ class PublishedRecipe:
             ids[number, : len(whole)] = torch.tensor(whole)
         ids = ids.to(next(self.model.parameters()).device)
         if prompts is None:
-            return self.model(input_ids=ids, use_cache=False).logits
+            return self.model(input_ids=ids).logits
 
         def put_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = args[0] if args else kwargs["hidden_states"]
@@ -178,7 +178,7 @@ class PublishedRecipe:
 
         handle = self.block.register_forward_pre_hook(put_in, with_kwargs=True)
         try:
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[:, n:]
+            logits: Tensor = self.model(input_ids=ids).logits[:, n:]
         finally:
             handle.remove()
         return logits
