@@ -20,7 +20,7 @@ The thresholds of recipe@cosine and of both IKEs and the template of texts in fr
 --data, which are not asked: the threshold for the greatest mean of the share of prompts that find their own fact and
 the share of unrelated prompts that find none; the template for what the unedited model reads best. Settings of other
 methods are read from SETTINGS_DIR/MODEL_NAME_METHOD.json, if there is one; statistics, where they are needed, come
-from the asked records' true sentences.
+from the asked records' true sentences. What IKE shows is embedded once and not counted as editing.
 
 Each run (method, checkpoint, number of edits) is written to the results folder when it is finished, and the same
 command goes on with the runs that are missing.
@@ -60,7 +60,7 @@ from fastedit.evaluation.metrics import exact_match, token_accuracy
 from fastedit.evaluation.scoring import Pair, PairScore, Scorer
 from fastedit.io import atomic_write_json, atomic_write_text, read_json
 from fastedit.memory import Decision
-from fastedit.memory.demonstrations import filled
+from fastedit.memory.demonstrations import Demonstrator, filled
 from fastedit.memory.prefix import Prefix
 from fastedit.memory.recipe import RecipeMemory, knowledge_text, load_parts
 from fastedit.memory.sentences import SentenceEncoder
@@ -152,7 +152,7 @@ def apart(
     kept: list[Record] = []
     edited: set[str] = set()
     unrelated: set[str] = set()
-    reasons = ("subject in training", "prompt in training", "nothing to ask", "too long", "edited twice")
+    reasons = ("subject in training", "prompt in training", "nothing to ask", "too long", "edited elsewhere")
     left_out = dict.fromkeys(reasons, 0)
     for record in records:
         own_subjects, own_prompts = texts_of(record)
@@ -166,7 +166,7 @@ def apart(
         elif not fits(record):
             left_out["too long"] += 1
         elif record.fact.text in edited | unrelated or far & edited:
-            left_out["edited twice"] += 1
+            left_out["edited elsewhere"] += 1
         else:
             kept.append(record)
             edited.add(record.fact.text)
@@ -174,33 +174,34 @@ def apart(
     return kept, left_out
 
 
-def demo_rows(
-    share: float = 0.4, answers: int = 6, seed: int = 0
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def demo_rows(answers: int = 6, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Facts of the demo model with other answers, divided by subject: rows to train on, and rows to test with.
 
+    Half of the subjects are trained on, a third is edited in the test, and its locality prompts are about the rest.
+
     Args:
-        share: of the subjects that are tested with.
         answers: rows of each fact to train on, each with another answer and another phrasing.
         seed: of the division and the answers.
     """
     rng = random.Random(seed)
     facts = load_demo_facts(neighbours=10**6)
-    subjects = sorted({fact["subject"] for fact in facts})
+    subjects = sorted({fact["subject"].casefold() for fact in facts})
     rng.shuffle(subjects)
-    tested = set(subjects[: round(share * len(subjects))])
+    half, most = len(subjects) // 2, len(subjects) * 5 // 6
+    part_of = {name: 0 if i < half else 1 if i < most else 2 for i, name in enumerate(subjects)}
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for fact in facts:
-        held = fact["subject"] in tested
-        near = [each for each in fact["neighbours"] if (each["subject"] in tested) == held]
-        if not near:
+        part = part_of[fact["subject"].casefold()]
+        near_part = 2 if part else 0
+        near = [each for each in fact["neighbours"] if part_of[each["subject"].casefold()] == near_part]
+        if part == 2 or not near:
             continue
         others = sorted({each["target"] for each in fact["neighbours"]})
         phrasings = rng.sample(fact["paraphrases"], len(fact["paraphrases"]))
-        for number, answer in enumerate(rng.sample(others, min(1 if held else answers, len(others)))):
+        for number, answer in enumerate(rng.sample(others, min(1 if part else answers, len(others)))):
             far = rng.choice(near)
             row = {
-                "case_id": len(rows[held]),
+                "case_id": len(rows[part]),
                 "prompt": fact["prompt"].replace("{}", fact["subject"]),
                 "subject": fact["subject"],
                 "target_new": answer,
@@ -209,7 +210,7 @@ def demo_rows(
                 "locality_prompt": far["prompt"].replace("{}", far["subject"]),
                 "locality_ground_truth": far["target"],
             }
-            rows[held].append(row)
+            rows[part].append(row)
     return rows
 
 
@@ -397,6 +398,7 @@ class Study:
         }
         self._before: dict[str, Before] = {}
         self._statistics: dict[int, Any] = {}
+        self._demonstrator: Demonstrator | None = None
 
     def fits(self, record: Record) -> bool:
         """Whether every prompt of a record fits into the model's context with its answer and the fact in front."""
@@ -491,7 +493,11 @@ class Study:
             )
             demonstrations = None if suffix else self.train
             params["threshold"] = self.sentence_threshold()
-            return ToldIke(model, self.tokenizer, params=params, demonstrations=demonstrations, **options)
+            editor = ToldIke(model, self.tokenizer, params=params, demonstrations=demonstrations, **options)
+            if editor.demonstrator is not None:
+                self._demonstrator = editor.demonstrator = self._demonstrator or editor.demonstrator
+                _ = self._demonstrator.keys  # read once for all runs, and not counted as editing
+            return editor
         params = self.settings(name)
         kind = editor_class(name)
         if issubclass(kind, LocateThenEdit):
