@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 import fastedit.memory.prefix as prefix_module
 from fastedit import FasteditError, UnsupportedModel
+from fastedit.evaluation.scoring import Pair, PairScore, Scorer
 from fastedit.memory import attach, clear_memories, detach, forget_routes, prompts, route_info
 from fastedit.memory.prefix import Prefix, PrefixSide, prefixed_states
 from fastedit.models import describe
@@ -88,10 +89,9 @@ def assert_stepwise(model: Any, side: PrefixSide, base: Any, inputs: dict[str, T
 # ------------------------------------------------------------------ the definition
 
 
-@KINDS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_definition_wherever_padding_stands(family: str, text: bool) -> None:
-    model, side = with_prefix(family, text=text)
+def test_logits_are_those_of_the_definition_wherever_padding_stands(family: str) -> None:
+    model, side = with_prefix(family)
     base = tiny_model(family)
     assert_defined(model, side, base, asked(side="left"))
     assert_defined(model, side, base, asked(side="right"), use_cache=False)
@@ -110,7 +110,7 @@ def test_generation_is_the_stepwise_argmax_of_whole_forwards(family: str) -> Non
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["bare", "bos"])
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", [*MAIN, "gemma", "gpt_neo", "falcon_sequential"])
 def test_text_in_front_begins_with_the_special_tokens_once(family: str, bos: bool) -> None:
     model, side = with_prefix(family, text=True, bos=bos)
     base = tiny_model(family)
@@ -370,12 +370,37 @@ def test_autocast_has_keys_and_values_of_its_own() -> None:
     assert side.memory.made == [0, 1] * 3
 
 
+@pytest.mark.slow
 def test_compiled_models() -> None:
     model, _ = with_prefix("llama")
     inputs = asked()
     wanted = call(model, inputs).logits
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(call(compiled, inputs).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_mode_leaves_nothing_that_gradients_cannot_use() -> None:
+    model, side = with_prefix("llama")
+    inputs = asked()
+    with torch.inference_mode():
+        side.memory.prompts = [prompt.clone() for prompt in side.memory.prompts]
+        wanted = model(**inputs).logits
+    found = model(**inputs).logits
+    found.sum().backward()
+    assert torch.equal(found.detach(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=["bool", "float"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_masks_of_any_dtype(family: str, dtype: torch.dtype) -> None:
+    model, _ = with_prefix(family, text=True, bos=True)
+    inputs = asked(bos=True)
+    wanted = call(model, inputs).logits
+    other = {**inputs, "attention_mask": inputs["attention_mask"].to(dtype)}
+    with torch.no_grad():
+        found = model(**other, position_ids=places(inputs)).logits
+    for a, b in zip(rows_of(found, inputs), rows_of(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -402,6 +427,20 @@ def test_only_the_prompt_decides_in_teacher_forcing(family: str) -> None:
     ids = rows_of(inputs["input_ids"], inputs)
     wanted = expected(tiny_model(family), side.memory, ids[1].tolist(), 0)
     torch.testing.assert_close(rows_of(logits, inputs)[1], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_scores_are_those_of_the_definition(padding: str) -> None:
+    model, side = with_prefix("llama")
+    pairs = [Pair("The capital of France is", "Rome"), Pair("Rome is in", "Italy")]
+    scores = Scorer(model, tiny_tokenizer(), padding_side=padding).score(pairs)
+    for pair, score, index in zip(pairs, scores, [0, None], strict=True):
+        assert isinstance(score, PairScore)
+        prompt = tiny_tokenizer()(pair.prompt)["input_ids"]
+        target = tiny_tokenizer()(" " + pair.target)["input_ids"]
+        logits = expected(tiny_model("llama"), side.memory, prompt + target, index)[len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(-1)[range(len(target)), target]
+        torch.testing.assert_close(torch.tensor(score.log_probs), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -551,12 +590,14 @@ def test_routes_with_something_in_front_are_not_forgotten() -> None:
         after = model(input_ids=ids, past_key_values=cache).logits[0]
     whole = expected(tiny_model("llama"), side.memory, [*inputs["input_ids"][0].tolist(), 7, 8], 0)
     torch.testing.assert_close(after, whole[-2:], rtol=1e-4, atol=1e-5)
-    if hasattr(DynamicCache, "reset"):
-        cache.reset()
-        assert cache.get_seq_length() == 0
-        with torch.no_grad():
-            model(**asked(PROMPTS[1:2]), past_key_values=cache)
-        assert [row[0]["route"] for row in route_info(model)] == [1]
+    if not hasattr(DynamicCache, "reset"):
+        return
+    cache.reset()
+    if cache.get_seq_length():
+        return  # releases up to 4.57 set a dynamic cache to zero and keep its length
+    with torch.no_grad():
+        model(**asked(PROMPTS[1:2]), past_key_values=cache)
+    assert [row[0]["route"] for row in route_info(model)] == [1]
 
 
 def test_a_cache_that_holds_tokens_already_is_refused_at_a_hit() -> None:
@@ -575,10 +616,10 @@ def test_caches_of_fixed_length_are_refused_at_a_hit() -> None:
     static: dict[str, Any] = {"cache_implementation": "static"}
     if hasattr(transformers.GenerationConfig(), "disable_compile"):
         static["disable_compile"] = True
-    with pytest.raises(UnsupportedModel, match="can grow by what it puts in front, got StaticCache"):
-        generate(model, asked(), **static)
     missed = asked(["Rome"])
     assert torch.equal(generate(model, missed, **static), generate(tiny_model("llama"), missed))
+    with pytest.raises(UnsupportedModel, match="can grow by what it puts in front, got StaticCache"):
+        generate(model, asked(), **static)
 
 
 def test_a_cache_that_nobody_asked_for_is_not_returned() -> None:
@@ -661,6 +702,10 @@ def test_masks_and_embeddings_that_cannot_be_read() -> None:
     length = inputs["input_ids"].shape[1]
     with pytest.raises(UnsupportedModel, match="needs an attention_mask of shape"):
         model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, length, length).bool().tril())
+    cache = prefilled(model, inputs)
+    with pytest.raises(UnsupportedModel, match="needs an attention_mask of shape"):
+        model(torch.tensor([[7]]), attention_mask=torch.zeros(1, 1, 1, length + 1), past_key_values=cache)
+    assert cache.get_seq_length() == length
     with pytest.raises(UnsupportedModel, match="needs input_ids, got inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 3, HIDDEN))
     model.train()
