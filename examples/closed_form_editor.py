@@ -25,11 +25,9 @@ class ClosedFormEditor:
 
     def edit(self, facts):
         """Write (prompt with {}, subject, target) facts; earlier ones count among what must stay."""
-        keys, changes = (
-            torch.stack(columns, 1) for columns in zip(*[self.locate(*f) for f in facts], strict=True)
-        )
-        low_rank_update_(self.projection.weight, changes, self.factor.regularised(keys))
-        self.factor.append(keys)
+        keys, changes = map(torch.stack, zip(*[self.locate(*fact) for fact in facts], strict=True))
+        low_rank_update_(self.projection.weight, changes.T, self.factor.regularised(keys.T))
+        self.factor.append(keys.T)
 
     def locate(self, prompt, subject, target, steps=25, rate=0.5):
         """A fact's key (d_in,), and the change (d_out,) of the projection's output by which the target is said."""
@@ -41,7 +39,7 @@ class ClosedFormEditor:
 
         def add_change(_, args, output):
             seen["key"] = args[0][0, place].detach()
-            return output + change * (torch.arange(ids.shape[1]) == place)[:, None]
+            return output + (change * (torch.arange(ids.shape[1]) == place)[:, None]).to(output)
 
         optimiser = torch.optim.Adam([change], lr=rate)
         with torch.enable_grad(), self.projection.register_forward_hook(add_change):
@@ -55,7 +53,7 @@ class ClosedFormEditor:
 
 if __name__ == "__main__":
     folder, *fact = sys.argv[1:]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
     ClosedFormEditor(model, tokenizer, filter(str.strip, sys.stdin)).edit([fact])
-    out = model.generate(**tokenizer(fact[0].format(fact[1]), return_tensors="pt"), max_new_tokens=8)
-    print(tokenizer.decode(out[0]))
+    prompt = tokenizer(fact[0].format(fact[1]), return_tensors="pt")
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0]))

@@ -1,8 +1,8 @@
 """Checks by which authors of kernels hold their own functions against fastedit's float64 references.
 
->>> import fastedit.testing
+>>> import torch, fastedit.testing
 >>> from fastedit.ops import covariance_
->>> fastedit.testing.check_op("covariance_", covariance_, dtypes=[torch.float32], without=["lists"])
+>>> checks = fastedit.testing.check_op("covariance_", covariance_, dtypes=[torch.float32], without=["lists"])
 
 As tests of their own, one for each case:
 
