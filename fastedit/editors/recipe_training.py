@@ -72,6 +72,8 @@ class RecipeTrainingParams:
         both_queries: both contrastive terms for edited prompts and rephrasings, averaged, as in the paper; False: a
             coin gives each record's prompt one term and its rephrasing the other, as in the published code. None:
             False in ``official``.
+        drop_conflicts: a fact of the batch is no candidate for another one's query that is in its scope too, such as
+            the same prompt with another target. None: not in ``official``.
         scale: t, factor of the scores.
         hinge: a token or row counts only while its probability is less than this times the second greatest.
         epsilon: ε of −log(p + ε); None: 0, published 1e-8. See :mod:`fastedit.editors.recipe_losses`.
@@ -96,6 +98,7 @@ class RecipeTrainingParams:
     tied_towers: bool = False
     standardise: bool | None = None
     both_queries: bool | None = None
+    drop_conflicts: bool | None = None
     scale: float = 1.0
     hinge: float = 1.2
     epsilon: float | None = None
@@ -128,6 +131,7 @@ class RecipeTrainingParams:
             "dim": 4096 if official else 512,
             "both_queries": not official,
             "standardise": not official,
+            "drop_conflicts": not official,
             "epsilon": 1e-8 if official else 0.0,
         }
         given = {key: value for key, value in asdict(self).items() if value is not None}
@@ -144,6 +148,7 @@ class Settings(RecipeTrainingParams):
     dim: int = 512
     both_queries: bool = True
     standardise: bool = True
+    drop_conflicts: bool = True
     epsilon: float = 0.0
 
 
@@ -355,6 +360,14 @@ class _Drawn:
     first: list[bool]  # whether a fact's own prompt gets the neighbour term, its rephrasing the sentinel term
 
 
+def conflicts(batch: Sequence[Example], drawn: _Drawn) -> Tensor:
+    """(3 B, B + 1) bool: queries that are in the scope of a fact which is not their own."""
+    scopes = [{e.fact.text, *(text for items in e.inside.values() for text, _ in items)} for e in batch]
+    queries = [*enumerate(drawn.own), *enumerate(drawn.inside), *((-1, text) for text in drawn.outside)]
+    rows = [[text in scope and i != own for i, scope in enumerate(scopes)] for own, text in queries]
+    return torch.nn.functional.pad(torch.tensor(rows), (0, 1))
+
+
 class _Learner(Learner[Example]):
     """The networks in training: their parameters, their losses, and how they are written."""
 
@@ -482,6 +495,8 @@ class _Learner(Learner[Example]):
         statistics = self.statistics([*knowledge, *drawn.own, *drawn.inside, *drawn.outside])
         keys = self.networks.keys(statistics[:n])
         scores = self.scores(self.networks.queries(statistics[n:]), keys)
+        if settings.drop_conflicts:
+            scores = scores.masked_fill(conflicts(batch, drawn).to(self.device), -torch.inf)
         contrastive = self._contrastive(scores[:n], scores[n : 2 * n], drawn.first, hinge)
         contrastive = contrastive + outside_loss(scores[2 * n :], hinge, settings.epsilon)
         states = self._states(drawn.rows, self.networks.prompts(keys).repeat(3, 1, 1))
