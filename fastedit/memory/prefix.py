@@ -7,9 +7,12 @@ was given, and no others; what each call is told of its mask and positions is ad
 tokens cost. Samples without a hit have the columns at the head masked. A batch without any hit is not touched.
 
 Positions. Models with relative positions (rotary, ALiBi): the prefix has 0 to n − 1, the tokens follow it. Models
-with a table of position embeddings: a continuous prompt carries none of them and the tokens keep their places; a text
-is a text, has places 0 to n − 1, and the tokens follow it. Special tokens (BOS) that both a text prefix and the prompt
-begin with are read once, at the head; a continuous prompt stands before them.
+with a table of position embeddings: a continuous prompt carries none of them and the tokens keep their places; text
+has places 0 to n − 1, and the tokens follow it. Special tokens (BOS) that both a text prefix and the prompt begin
+with are read once, with the prefix; a continuous prompt stands before them.
+
+Blocks with a sliding window count columns, padding too. There a prefix stands next to its text, in the columns of the
+padding if the text is padded on the left.
 
 Between calls the cache object gives its length without the prefix, and :meth:`crop` counts like that, so what
 ``generate()`` does by its lengths comes out right. A prefix goes in front of a whole text: a cache that holds tokens
@@ -21,11 +24,11 @@ before the route is decided is refused if there is a hit.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,25 +169,33 @@ class ReadPrefixes:
     def __init__(self) -> None:
         self._kept: OrderedDict[int, ReadPrefix] = OrderedDict()
         self._made_of: Any = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return ReadPrefixes, ()  # a copy of the model reads by itself
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def get(self, indices: Sequence[int], made_of: Any) -> dict[int, ReadPrefix]:
         """Those of the entries that are kept; all are dropped if they were made of something else."""
-        if made_of != self._made_of:
-            self._kept.clear()
-            self._made_of = made_of
-        return {index: self._kept[index] for index in indices if index in self._kept}
+        with self._lock:
+            if made_of != self._made_of:
+                self._kept.clear()
+                self._made_of = made_of
+            return {index: self._kept[index] for index in indices if index in self._kept}
 
-    def put(self, used: Mapping[int, ReadPrefix], limit: int) -> None:
-        """Keep these as the latest used; the others go, oldest first, while all of them exceed ``limit`` bytes."""
-        for index, prefix in used.items():
-            self._kept[index] = prefix
-            self._kept.move_to_end(index)
-        held = sum(prefix.n_bytes for prefix in self._kept.values())
-        while self._kept and held > limit:
-            held -= self._kept.popitem(last=False)[1].n_bytes
+    def put(self, used: Mapping[int, ReadPrefix], made_of: Any, limit: int) -> None:
+        """Keep these as the latest used; the oldest go while all together exceed ``limit`` bytes."""
+        with self._lock:
+            if made_of != self._made_of:
+                return
+            for index, prefix in used.items():
+                self._kept[index] = prefix
+                self._kept.move_to_end(index)
+            held = sum(prefix.n_bytes for prefix in self._kept.values())
+            while held > limit:
+                held -= self._kept.popitem(last=False)[1].n_bytes
 
 
 def position_table(decoder: nn.Module) -> nn.Embedding | None:
@@ -207,12 +218,20 @@ def _names(decoder: nn.Module) -> list[str]:
 
 
 def embed(decoder: Any, prefix: Prefix) -> Tensor:
-    """(n, D) what the decoder is given for a prefix: a continuous prompt without the position embedding of place 0."""
+    """(n, D) what the decoder is given for a prefix, in its dtype.
+
+    Raises:
+        ValueError: embeddings of another width.
+    """
     embeddings = decoder.get_input_embeddings()
     if prefix.ids is not None:
         found: Tensor = embeddings(torch.tensor(prefix.ids, device=embeddings.weight.device))
         return found
     assert prefix.embeddings is not None
+    if prefix.embeddings.shape[1] != embeddings.weight.shape[1]:
+        raise ValueError(
+            f"embeddings must have shape (n, {embeddings.weight.shape[1]}), got {tuple(prefix.embeddings.shape)}"
+        )
     return placeless(decoder, prefix.embeddings.to(embeddings.weight))
 
 
@@ -286,15 +305,18 @@ def takes_tuples(decoder: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class PrefixRoutes(Routes):
-    """Routes whose payload (B, 3) int64 is, of each sample, the length of what is in front of it, the shift of its
-    positions, and how many tokens of its own the prefix has brought already.
+    """Routes whose payload (B, 4) int64 says how a sample's columns lie, see :data:`_IN_FRONT` and the others.
 
     Attributes:
-        width: columns at the head of the cache; 0 if there was no hit.
-        repeats: whether some samples may have such tokens.
+        repeats: whether some prompts may begin with special tokens that their prefix has brought already.
     """
 
     repeats: bool = False
+
+
+_IN_FRONT, _SHIFT, _REPEATED, _MOVED = range(4)
+"""Tokens in front of the sample; what its positions grow by; tokens of its own that are masked, since the prefix has
+brought them; columns that the prefix stands to the right of the cache's head, to be next to the text."""
 
 
 class PrefixSide(SideModule):
@@ -311,8 +333,9 @@ class PrefixSide(SideModule):
         super().__init__(memory, None, "", router)
         self.model = model
         self.read = ReadPrefixes()
-        self._limit = _last_place(model)
         self._names = _names(describe(model).decoder)
+        self._n_places = n_places(model)
+        self._windowed = has_windows(describe(model).decoder)
 
     @property
     def key(self) -> Key:
@@ -325,49 +348,42 @@ class PrefixSide(SideModule):
     def begin(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook, after the router's: decides at a prefill; tells the decoder of what is in front."""
+        """Forward pre-hook, after the router's: decides at a prefill; tells the decoder what is in front."""
         call = self.router.call
         if call is None:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        asked = given.get("past_key_values") is not None or _keeps(decoder, given)
+        wanted = given.get("past_key_values") is not None or _wants_cache(decoder, given)
         routes: Any = call.routes(self.key, self.memory)
         if routes is None:
             if not self.enabled:
                 return None
-            routes, read = self._decide(call, given)
-            if routes.width:
-                given["past_key_values"] = self._filled(decoder, given, routes, read)
-            self.router.note(self.key, routes, call)
+            routes = self._prefill(call, decoder, given)
         if not routes.width:
             return None
         cache = given["past_key_values"]
         if not isinstance(cache, (tuple, list)):
             hide_columns(cache, 0)
-            call.noted[self.key] = (cache, routes.width, asked)
-        past = _length(cache) - routes.width
-        given["attention_mask"], places = self._adapted(call, given, routes, past)
-        if "position_ids" in self._names:
-            self._require_room(places, past + call.size[1] + routes.width)
-            given["position_ids"] = places
-        if given.get("cache_position") is not None:
-            given["cache_position"] = given["cache_position"] + routes.width
+            call.noted[_NOTED] = (cache, routes.width, wanted)
+        self._adapt(call, given, routes, _length(cache) - routes.width)
         return (), given
 
     @torch.compiler.disable
-    def end(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def end(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook, before the router's: outside of calls the cache does not count the prefix."""
         call = self.router.call
-        if call is None or self.key not in call.noted:
+        if call is None or _NOTED not in call.noted:
             return None
-        cache, width, asked = call.noted.pop(self.key)
+        cache, width, wanted = call.noted.pop(_NOTED)
+        cache.__dict__.pop("update", None)
         hide_columns(cache, width)
-        return out if asked else _without(cache, out)
+        return out if wanted else _without(cache, out)
 
     # -- prefill ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _decide(self, call: Call, given: Mapping[str, Any]) -> tuple[PrefixRoutes, list[ReadPrefix]]:
+    def _prefill(self, call: Call, decoder: nn.Module, given: dict[str, Any]) -> PrefixRoutes:
+        """Decide the routes; if there is a hit, ``given`` gets a cache with the prefixes in it."""
         ids, memory = given.get("input_ids"), self.memory
         if ids is None:
             raise UnsupportedModel(
@@ -376,39 +392,34 @@ class PrefixSide(SideModule):
         decision = memory.route(ids, ids, call.tokens(memory.route_tokens, ids.device))
         found = Routes.of(decision, memory.version)
         routes = PrefixRoutes(found.index, found.used, None, found.score, found.version)
-        if not found.used:
-            return routes, []
-        self._require_place(given)
-        entries = self._read(found.used)
-        leading = leading_specials(memory.tokenizer)
-        table = torch.tensor(
-            [[len(entry), entry.shift, entry.leading] for entry in entries] + [[0, 0, 0]],
-            device=ids.device,
-        )
-        payload = table[_rows(found)]
-        repeats = any(entry.leading for entry in entries)
-        if repeats:
-            own = _n_leading(ids, call.tokens("all", ids.device), leading)
-            missing = payload[:, 2] - torch.minimum(own, payload[:, 2])
-            payload[:, 1] += missing
-            payload[:, 2] -= missing
-        width = max(map(len, entries))
-        return replace(routes, payload=payload, width=width, repeats=repeats), entries
+        if routes.used:
+            self._require_place(decoder, given)
+            read = self._read(routes.used)
+            payload = self._payload(call, ids, routes, read)
+            repeats = any(prefix.leading for prefix in read)
+            routes = replace(routes, payload=payload, width=max(map(len, read)), repeats=repeats)
+            given["past_key_values"] = self._filled(decoder, given, routes, read)
+        self.router.note(self.key, routes, call)
+        return routes
 
-    def _require_place(self, given: Mapping[str, Any]) -> None:
+    def _require_place(self, decoder: Any, given: Mapping[str, Any]) -> None:
         """Make sure that something can be put in front of this call's texts."""
         method, cache, mask = self.memory.method, given.get("past_key_values"), given.get("attention_mask")
-        decoder = describe(self.model).decoder
-        if cache is not None and _is_fixed(cache):
+        hybrid = getattr(decoder.config, "cache_implementation", None) == "hybrid"
+        if hybrid or (cache is not None and _is_fixed(cache)):
+            came = "a hybrid cache" if hybrid else type(cache).__name__
             raise UnsupportedModel(
-                f"a {method} memory needs a KV cache that can grow by what it puts in front, got "
-                f"{type(cache).__name__}: use a DynamicCache, which is the default of most models, or use_cache=False "
-                "inside fastedit.memory.prompts"
+                f"a {method} memory needs a KV cache that can grow by what it puts in front, got {came}: "
+                + (
+                    "install a newer transformers"
+                    if hybrid
+                    else "use a DynamicCache, the default of generate()"
+                )
             )
         if cache is not None and _length(cache):
             raise FasteditError(
-                f"a {method} memory puts prompts in front of whole texts, but the KV cache held {_length(cache)} "
-                "tokens before the first of its own calls: begin with an empty cache"
+                f"a {method} memory puts something in front of whole texts, but the KV cache holds "
+                f"{_length(cache)} tokens from before the memory's first call: begin with an empty cache"
             )
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -422,67 +433,101 @@ class PrefixSide(SideModule):
             )
 
     def _read(self, indices: tuple[int, ...]) -> list[ReadPrefix]:
-        made_of = (self.memory.version, _weights(self.model))
-        found = self.read.get(indices, made_of)
+        source = (self.memory.version, made_of(self.model))
+        found = self.read.get(indices, source)
         new = [index for index in indices if index not in found]
         if new:
             leading = leading_specials(self.memory.tokenizer)
             states = read(self.model, [self.memory.prefix(index) for index in new], leading)
             found.update(zip(new, states, strict=True))
         if not self.model.training:  # dropout: another time, other keys
-            self.read.put(found, self.memory.kept_bytes)
+            self.read.put(found, source, self.memory.kept_bytes)
         return [found[index] for index in indices]
+
+    def _payload(self, call: Call, ids: Tensor, routes: PrefixRoutes, read: list[ReadPrefix]) -> Tensor:
+        table = [[len(prefix), prefix.shift, prefix.leading, 0] for prefix in read]
+        payload = torch.tensor([*table, [0, 0, 0, 0]], device=ids.device)[_rows(routes)]
+        real = call.tokens("all", ids.device)
+        if any(prefix.leading for prefix in read):
+            own = n_leading(ids, real, leading_specials(self.memory.tokenizer))
+            brought = payload[:, _REPEATED].clone()
+            payload[:, _REPEATED] = own.minimum(brought)
+            payload[:, _SHIFT] += brought - payload[:, _REPEATED]
+        if self._windowed:
+            first = real.long().argmax(1) + payload[:, _REPEATED]
+            payload[:, _MOVED] = torch.where(payload[:, _IN_FRONT] > 0, first, 0)
+        return payload
 
     def _filled(
         self, decoder: nn.Module, given: Mapping[str, Any], routes: PrefixRoutes, read: list[ReadPrefix]
     ) -> Any:
         """A cache with every sample's prefix in it: the one that was given, or a new one."""
+        assert routes.payload is not None
         rows = _rows(routes)
-        blocks = zip(*(each.states for each in read), strict=True)
-        pairs = [_columns(states, rows, routes.width) for states in blocks]
-        cache = given.get("past_key_values")
+        blocks = zip(*(prefix.states for prefix in read), strict=True)
+        states = [_columns(each, rows, routes.width) for each in blocks]
+        moved = routes.payload[:, _MOVED] if self._windowed else None
+        if moved is not None and not moved.any():
+            moved = None
+        head = states if moved is None else [_moved(each, moved, each.shape[3]) for each in states]
+        cache: Any = given.get("past_key_values")
         if takes_tuples(decoder) and not hasattr(cache, "update"):
-            return tuple((pair[0], pair[1]) for pair in pairs)
-        if cache is None or isinstance(cache, (tuple, list)):
+            return tuple((each[0], each[1]) for each in head)
+        if not hasattr(cache, "update"):
             cache = _empty_cache(decoder)
-        for layer, pair in enumerate(pairs):
-            cache.update(pair[0], pair[1], layer)
+        for layer, each in enumerate(head):
+            cache.update(each[0], each[1], layer)
         routes_on(cache)[self.key] = routes
+        if moved is not None:
+            _put_into_padding(cache, states, moved)
         return cache
 
     # -- every call ---------------------------------------------------------------------------------
 
-    def _adapted(
-        self, call: Call, given: Mapping[str, Any], routes: PrefixRoutes, past: int
-    ) -> tuple[Tensor, Tensor]:
-        """The mask (B, width + past + T) and positions (B, T) of a call."""
+    def _adapt(self, call: Call, given: dict[str, Any], routes: PrefixRoutes, past: int) -> None:
+        """Put the prefix into a call's mask, (B, width + past + T), and its positions, (B, T)."""
         assert routes.payload is not None
-        (n, length), mask = call.size, given.get("attention_mask")
+        (n_rows, length), mask, width = call.size, given.get("attention_mask"), routes.width
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         device = tokens.device
         if mask is None:
-            mask = torch.ones((n, past + length), dtype=torch.int64, device=device)
-        in_front, shift, repeated = routes.payload.to(device).unbind(1)
-        seen = mask.to(device).long().cumsum(1)
-        places = given.get("position_ids")
-        if places is None:
-            base = torch.arange(past, past + length, device=device).expand(n, -1)
-            counted = (seen[:, -length:] - 1).clamp(min=0)
-            places = torch.where(in_front[:, None] > 0, counted, base)
-        places = (places.to(device) + shift[:, None]).clamp(min=0)
+            mask = torch.ones((n_rows, past + length), dtype=torch.int64, device=device)
+        payload = routes.payload.to(device)
+        if "position_ids" in self._names:
+            given["position_ids"] = _places(given.get("position_ids"), mask, payload, past, length)
+            self._require_room(given["position_ids"], width + past + length)
+        if given.get("cache_position") is not None:
+            given["cache_position"] = given["cache_position"] + width
         if routes.repeats:
-            mask = mask * (seen > repeated[:, None]).to(mask)
-        columns = torch.arange(routes.width, 0, -1, device=device)
-        head = columns <= in_front[:, None]
-        return torch.cat((head.to(mask), mask), 1), places
+            mask = mask * (mask.cumsum(1) > payload[:, _REPEATED, None]).to(mask)
+        columns = torch.arange(width + past + length, device=device)
+        stop = (width + payload[:, _MOVED])[:, None]
+        in_front = (columns < stop) & (columns >= stop - payload[:, _IN_FRONT, None])
+        given["attention_mask"] = pad(mask, (width, 0)).masked_fill(in_front, 1)
 
     def _require_room(self, places: Tensor, columns: int) -> None:
-        if self._limit is None or columns <= self._limit or int(places.max()) < self._limit:
+        if self._n_places is None or columns <= self._n_places or int(places.max()) < self._n_places:
             return
         raise ValueError(
-            f"what the {self.memory.method} memory puts in front and the text take {int(places.max()) + 1} places, "
-            f"the model has {self._limit}"
+            f"what the {self.memory.method} memory puts in front and the text take {int(places.max()) + 1} "
+            f"positions, the model has {self._n_places}"
         )
+
+
+_NOTED = "prefix"
+
+
+def _places(places: Tensor | None, mask: Tensor, payload: Tensor, past: int, length: int) -> Tensor:
+    """(B, T) positions of a call's tokens: as given, or as the model would count, plus what is in front of them.
+
+    Models count columns; samples with something in front of them count their real tokens, so that padding does not
+    come between.
+    """
+    if places is None:
+        columns = torch.arange(past, past + length, device=payload.device).expand(len(payload), -1)
+        counted = (mask.long().cumsum(1)[:, -length:] - 1).clamp(min=0)
+        places = torch.where(payload[:, _IN_FRONT, None] > 0, counted, columns)
+    return (places + payload[:, _SHIFT, None]).clamp(min=0)
 
 
 def _columns(states: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
@@ -492,6 +537,38 @@ def _columns(states: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
     return table.index_select(1, rows.to(table.device))
 
 
+def _moved(states: Tensor, columns: Tensor, length: int, start: int = 0) -> Tensor:
+    """States (2, B, heads, width, head size) moved to the right by each row's ``columns``, seen from ``start`` on.
+
+    Returns:
+        (2, B, heads, length, head size), zeros where there are none.
+    """
+    width = states.shape[3]
+    source = torch.arange(start, start + length, device=states.device) - columns.to(states.device)[:, None]
+    inside = ((source >= 0) & (source < width))[None, :, None, :, None]
+    source = source.clamp(0, width - 1)[None, :, None, :, None]
+    found = states.gather(3, source.expand(2, -1, states.shape[2], -1, states.shape[4]))
+    return found * inside
+
+
+def _put_into_padding(cache: Any, states: list[Tensor], moved: Tensor) -> None:
+    """Let padding on the left of a call hold the prefixes, until the cache's own ``update`` is given back.
+
+    Blocks with a window count columns, so a prefix must be next to its text. What a block hands to the cache for
+    columns of padding is replaced by the keys and values of the prefix.
+    """
+    update = cache.update
+
+    def replacing(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        length, width = keys.shape[-2], states[layer_idx].shape[3]
+        padding = torch.arange(length, device=keys.device) < moved.to(keys.device)[:, None]
+        ours = _moved(states[layer_idx], moved, length, width).to(keys.dtype)
+        keys, values = torch.where(padding[:, None, :, None], ours, torch.stack((keys, values)))
+        return update(keys, values, layer_idx, *args, **kwargs)
+
+    cache.update = replacing
+
+
 def _rows(routes: Routes) -> Tensor:
     """(B,) the place of each row's index in ``routes.used``, −1 turned into the place behind the last."""
     used = torch.tensor(routes.used, device=routes.index.device)
@@ -499,7 +576,7 @@ def _rows(routes: Routes) -> Tensor:
     return torch.where(routes.index >= 0, place, len(routes.used))
 
 
-def _n_leading(ids: Tensor, real: Tensor, leading: Sequence[int]) -> Tensor:
+def n_leading(ids: Tensor, real: Tensor, leading: Sequence[int]) -> Tensor:
     """(B,) with how many of the special tokens ``leading`` each row's real tokens begin."""
     place = real.long().cumsum(1) * real - 1
     going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -516,7 +593,7 @@ def _length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def _keeps(decoder: Any, given: Mapping[str, Any]) -> bool:
+def _wants_cache(decoder: Any, given: Mapping[str, Any]) -> bool:
     """Whether a call that was given no cache wants one back."""
     use_cache = given.get("use_cache")
     return bool(decoder.config.use_cache if use_cache is None else use_cache)
@@ -550,8 +627,8 @@ def _empty_cache(decoder: Any) -> Any:
     return DynamicCache()
 
 
-def _weights(model: nn.Module) -> tuple[Any, ...]:
-    """What the keys and values of a prefix are made of: changes when weights, adapters or precision do."""
+def made_of(model: nn.Module) -> tuple[Any, ...]:
+    """What the keys and values of a prefix depend on: other weights, adapters or precision give another value."""
     decoder = describe(model).decoder
     weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
     adapters = tuple(
@@ -564,8 +641,8 @@ def _weights(model: nn.Module) -> tuple[Any, ...]:
     return weights, adapters, autocast
 
 
-def _last_place(model: nn.Module) -> int | None:
-    """How many positions a model has room for; None if it counts on."""
+def n_places(model: nn.Module) -> int | None:
+    """How many positions a model has tables for; None if it has none."""
     description = describe(model)
     table = position_table(description.decoder)
     if table is not None:
@@ -575,6 +652,11 @@ def _last_place(model: nn.Module) -> int | None:
         if isinstance(sines, Tensor):
             return len(sines)
     return None
+
+
+def has_windows(decoder: Any) -> bool:
+    """Whether some blocks may see the latest tokens only."""
+    return any(getattr(decoder.config, name, None) for name in ("sliding_window", "window_size"))
 
 
 def attach_in_front(model: nn.Module, memory: PrefixMemory) -> PrefixSide:
@@ -605,20 +687,17 @@ def attach_in_front(model: nn.Module, memory: PrefixMemory) -> PrefixSide:
 
 
 def _own_tokenizer(model: nn.Module, memory: PrefixMemory) -> Any:
-    from ..models.loading import load_tokenizer
+    from ..models.loading import first_tokenizer
 
     places = [memory.params.get("tokenizer"), getattr(model, "name_or_path", "")]
-    for place in places:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
-    raise FasteditError(
-        f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
-        f"{', '.join(str(place) for place in places if place) or 'the known places'}: set memory.tokenizer, or name "
-        "its folder in the parameter tokenizer"
-    )
+    tokenizer = first_tokenizer(places)
+    if tokenizer is None:
+        raise FasteditError(
+            f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
+            f"{[place for place in places if place]}: name its folder, edit.params['tokenizer'] = ..., or set "
+            "the memory's tokenizer"
+        )
+    return tokenizer
 
 
 # ------------------------------------------------------------------ training
@@ -648,11 +727,13 @@ def prefixed_states(
     decoder: Any = describe(model).decoder
     embeddings = decoder.get_input_embeddings()
     (n_rows, length), device = ids.shape, embeddings.weight.device
-    d_model = describe(model).hidden_size
+    d_model = embeddings.weight.shape[1]
     if prompts.dim() != 3 or prompts.shape[::2] != (n_rows, d_model):
         raise ValueError(f"prompts must have shape ({n_rows}, n, {d_model}), got {tuple(prompts.shape)}")
     if mask is not None and (mask.shape != ids.shape or bool((mask[:, 1:] > mask[:, :-1]).any())):
         raise ValueError("prefixed_states: mask must be of the shape of ids, and rows padded on the right")
+    if hit is not None and hit.shape != (n_rows,):
+        raise ValueError(f"hit must have shape ({n_rows},), got {tuple(hit.shape)}")
     n = prompts.shape[1]
     hits = torch.ones(n_rows, dtype=torch.bool) if hit is None else hit.bool()
     hits = hits.to(device)
