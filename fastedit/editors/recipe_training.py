@@ -59,7 +59,8 @@ class RecipeTrainingParams:
     Attributes:
         steps: of Adam, at most.
         batch: records in a step; None: 16, published 8.
-        lr: of towers, generator and sentinel; None: 1e-4, published 1e-5.
+        lr: of towers and sentinel; None: 1e-4, published 1e-5.
+        generator_lr: of the prompt generator; None: 1e-3, published 1e-5.
         encoder_lr: of the encoder; None: 2e-5, published 1e-5.
         train_encoder: whether the encoder is trained as well, as published, or read once.
         dim: d, of keys and queries; None: 512, published 4096.
@@ -90,6 +91,7 @@ class RecipeTrainingParams:
     steps: int = 3000
     batch: int | None = None
     lr: float | None = None
+    generator_lr: float | None = None
     encoder_lr: float | None = None
     train_encoder: bool = True
     dim: int | None = None
@@ -112,7 +114,17 @@ class RecipeTrainingParams:
     validation: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "encoder_lr", "dim", "validate_every", "patience", "validation"):
+        for name in (
+            "steps",
+            "batch",
+            "lr",
+            "generator_lr",
+            "encoder_lr",
+            "dim",
+            "validate_every",
+            "patience",
+            "validation",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -127,6 +139,7 @@ class RecipeTrainingParams:
         chosen: dict[str, Any] = {
             "batch": 8 if official else 16,
             "lr": 1e-5 if official else 1e-4,
+            "generator_lr": 1e-5 if official else 1e-3,
             "encoder_lr": 1e-5 if official else 2e-5,
             "dim": 4096 if official else 512,
             "both_queries": not official,
@@ -144,6 +157,7 @@ class Settings(RecipeTrainingParams):
 
     batch: int = 16
     lr: float = 1e-4
+    generator_lr: float = 1e-3
     encoder_lr: float = 2e-5
     dim: int = 512
     both_queries: bool = True
@@ -198,7 +212,7 @@ def train(
         encoder: folder or hub name of a text encoder, or an installed package that holds one.
         exclude: records to test with later: what shares a subject or a prompt with them is not trained on.
         params: see :class:`RecipeTrainingParams`.
-        profile: ``"official"`` takes the published hyper-parameters, and the encoder's learning rate for everything.
+        profile: ``"official"`` takes the published hyper-parameters, and ``lr`` for the generator, too.
         seed: of the networks, the split and the batches.
         progress: show a bar; None shows it on a terminal only.
 
@@ -599,10 +613,15 @@ class _Learner(Learner[Example]):
     # -- parameters, and on disk --------------------------------------------------------------------
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters with their learning rates; published is the encoder's for all of them."""
-        settings = self.settings
-        lr = settings.encoder_lr if self.profile == "official" and settings.train_encoder else settings.lr
-        groups: list[dict[str, Any]] = [{"params": list(self.networks.parameters()), "lr": lr}]
+        """Parameters with their learning rates; in ``official`` the generator's is not its own, as published."""
+        settings, generator = self.settings, list(self.networks.generator.parameters())
+        ids = {id(parameter) for parameter in generator}
+        others = [parameter for parameter in self.networks.parameters() if id(parameter) not in ids]
+        generator_lr = settings.lr if self.profile == "official" else settings.generator_lr
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": settings.lr},
+            {"params": generator, "lr": generator_lr},
+        ]
         if settings.train_encoder:
             groups.append({"params": list(self.encoder.parameters()), "lr": settings.encoder_lr})
         return groups
