@@ -595,6 +595,7 @@ class _Learner(Learner[Example]):
         return {**means, **self._hits(asked, rng)}
 
     def _hits(self, asked: Sequence[Example], rng: random.Random) -> dict[str, float]:
+        asked = list({example.fact.text: example for example in asked}.values())  # one target for a prompt
         drawn = self._draw(asked, rng)
         knowledge = [knowledge_text(*example.own) for example in asked]
         keys = self.networks.keys(self.statistics(knowledge))
