@@ -59,8 +59,8 @@ class RecipeTrainingParams:
     Attributes:
         steps: of Adam, at most.
         batch: records in a step; None: 16, published 8.
-        lr: of towers and sentinel; None: 1e-4, published 1e-5.
-        generator_lr: of the prompt generator; None: 1e-3, published 1e-5.
+        lr: of towers and sentinel; None: 3e-4, published 1e-5.
+        generator_lr: of the prompt generator; None: 3e-3, published 1e-5.
         encoder_lr: of the encoder; None: 2e-5, published 1e-5.
         train_encoder: whether the encoder is trained as well, as published, or read once.
         dim: d, of keys and queries; None: 512, published 4096.
@@ -138,8 +138,8 @@ class RecipeTrainingParams:
         official = profile == "official"
         chosen: dict[str, Any] = {
             "batch": 8 if official else 16,
-            "lr": 1e-5 if official else 1e-4,
-            "generator_lr": 1e-5 if official else 1e-3,
+            "lr": 1e-5 if official else 3e-4,
+            "generator_lr": 1e-5 if official else 3e-3,
             "encoder_lr": 1e-5 if official else 2e-5,
             "dim": 4096 if official else 512,
             "both_queries": not official,
@@ -156,8 +156,8 @@ class Settings(RecipeTrainingParams):
     """:class:`RecipeTrainingParams` with nothing left open."""
 
     batch: int = 16
-    lr: float = 1e-4
-    generator_lr: float = 1e-3
+    lr: float = 3e-4
+    generator_lr: float = 3e-3
     encoder_lr: float = 2e-5
     dim: int = 512
     both_queries: bool = True
