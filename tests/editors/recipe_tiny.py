@@ -39,7 +39,15 @@ PROMPTS = [
     "Bonn plays the",
 ]
 ROUTES = [FACTS[0].target_new, FACTS[1].target_new, FACTS[2].target_new, None, None]
-SHORT = {"dim": 16, "batch": 4, "lr": 1e-2, "encoder_lr": 1e-3, "validate_every": 1000, "holdout": 0.3}
+SHORT = {
+    "dim": 16,
+    "batch": 4,
+    "lr": 1e-2,
+    "generator_lr": 1e-2,
+    "encoder_lr": 1e-3,
+    "validate_every": 1000,
+    "holdout": 0.3,
+}
 
 
 def save_encoder(folder: Path, *, kind: str = "bert", seed: int = 0) -> Path:

@@ -217,6 +217,7 @@ def test_every_edit_can_be_taken_off_by_itself(checkpoint: Path) -> None:
     last_logits(model, asked())
     assert found(model) == ROUTES  # the older one answers again
     edits[1].revert()
+    assert [row[0]["edit"] for row in route_info(model)][:3] == [edits[0].id, None, edits[2].id]
     last_logits(model, asked())
     assert found(model) == [ROUTES[0], None, *ROUTES[2:]]
     for edit in (edits[0], *edits[2:]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -202,15 +203,31 @@ def test_a_step_is_its_definition(encoder: Path, family: str, both: bool) -> Non
     loss, parts = learner.losses(examples, random.Random(3))
     drawn = learner._draw(examples, random.Random(3))
     wanted = oracle_objective(learner, drawn, examples, model)
-    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-9)  # old rotary tables are fp32
     names = [name for name, _ in learner.networks.named_parameters()]
     ours = torch.autograd.grad(loss, list(learner.networks.parameters()))
     theirs = torch.autograd.grad(wanted, list(learner.networks.parameters()))
     for name, mine, oracle in zip(names, ours, theirs, strict=True):
         torch.testing.assert_close(
-            mine, oracle, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            mine, oracle, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert parts["loss"] == pytest.approx(float(wanted.detach()))
+
+
+def test_facts_that_a_query_is_also_about_are_no_candidates(encoder: Path) -> None:
+    learner, examples, _ = learner_of(encoder, "llama")
+    twin = dataclasses.replace(examples[0], fact=dataclasses.replace(examples[0].fact, target_new="Rome"))
+    near = dataclasses.replace(examples[2], outside={"near": [(examples[1].fact.text, "x")]})
+    batch = [examples[0], twin, examples[1], near]
+    drawn = learner._draw(batch, random.Random(0))
+    found = recipe_training.conflicts(batch, drawn)
+    assert found.shape == (12, 5)
+    assert found.nonzero().tolist() == [[0, 1], [1, 0], [4, 1], [5, 0], [11, 2]]
+    learner.prepare(batch, False)
+    loss, _ = learner.losses(batch, random.Random(0))
+    assert bool(loss.isfinite())
+    loss.backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in learner.networks.parameters())
 
 
 def test_the_encoder_is_trained_too(encoder: Path) -> None:
