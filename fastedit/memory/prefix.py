@@ -29,7 +29,6 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,8 +112,10 @@ class PrefixMemory(Memory):
             tokens: (B, T) bool, the prompts' tokens; a row without any has no entry.
         """
         texts = [
-            self.tokenizer.decode(row[marked], skip_special_tokens=True)
-            for row, marked in zip(inputs, tokens, strict=True)
+            self.tokenizer.decode(
+                [i for i, is_prompt in zip(*row, strict=True) if is_prompt], skip_special_tokens=True
+            )
+            for row in zip(inputs.tolist(), tokens.tolist(), strict=True)
         ]
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         if not places:
@@ -219,12 +220,20 @@ def _names(decoder: nn.Module) -> list[str]:
 
 
 def embed(decoder: Any, prefix: Prefix) -> Tensor:
-    """(n, D) what the decoder is given for a prefix, in its dtype."""
+    """(n, D) what the decoder is given for a prefix, in its dtype.
+
+    Raises:
+        ValueError: embeddings of another width.
+    """
     embeddings = decoder.get_input_embeddings()
     if prefix.ids is not None:
         found: Tensor = embeddings(torch.tensor(prefix.ids, device=embeddings.weight.device))
         return found
     assert prefix.embeddings is not None
+    if prefix.embeddings.shape[1] != embeddings.weight.shape[1]:
+        raise ValueError(
+            f"embeddings must have shape (n, {embeddings.weight.shape[1]}), got {tuple(prefix.embeddings.shape)}"
+        )
     return placeless(decoder, prefix.embeddings.to(embeddings.weight))
 
 
@@ -246,7 +255,8 @@ def read(model: nn.Module, prefixes: Sequence[Prefix], leading: Sequence[int]) -
         prefixes: at least one.
         leading: the special tokens that texts begin with.
     """
-    decoder = describe(model).decoder
+    description = describe(model)
+    decoder: Any = description.decoder
     given = [embed(decoder, prefix) for prefix in prefixes]
     width = max(map(len, given))
     inputs = torch.stack([pad(each, (0, 0, 0, width - len(each))) for each in given])
@@ -254,7 +264,12 @@ def read(model: nn.Module, prefixes: Sequence[Prefix], leading: Sequence[int]) -
     absolute = position_table(decoder) is not None
     if absolute:
         places[[prefix.ids is None for prefix in prefixes]] = 0
-    states = _states(model, inputs, places)
+    with aside(model):
+        states = _states(decoder, inputs, places)
+    if len(states) != description.n_layers:
+        raise UnsupportedModel(
+            f"a prefix needs keys and values in all {description.n_layers} blocks, found them in {len(states)}"
+        )
     result = []
     for row, prefix in enumerate(prefixes):
         n = len(prefix)
@@ -264,28 +279,18 @@ def read(model: nn.Module, prefixes: Sequence[Prefix], leading: Sequence[int]) -
     return result
 
 
-def _states(model: nn.Module, inputs: Tensor, places: Tensor) -> list[Tensor]:
-    """(2, rows, heads, T, head size) of every block."""
-    decoder: Any = describe(model).decoder
+def _states(decoder: Any, inputs: Tensor, places: Tensor) -> list[Tensor]:
+    """(2, rows, heads, T, head size) of every block, for inputs (rows, T, D) and their positions."""
     mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
     options: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": True}
     if "position_ids" in _names(decoder):
         options["position_ids"] = places
-    tuples = takes_tuples(decoder)
-    if not tuples:
-        options["past_key_values"] = _new_cache()
-    with aside(model):
+    if takes_tuples(decoder):
         out = decoder.forward(**options, return_dict=True)
-    if tuples:
-        pairs = [_checked_pair(pair) for pair in out.past_key_values]
-    else:
-        seen = options["past_key_values"].seen
-        pairs = [seen[layer] for layer in sorted(seen)]
-    if len(pairs) != describe(model).n_layers:
-        raise UnsupportedModel(
-            f"a prefix needs keys and values in all {describe(model).n_layers} blocks, found them in {len(pairs)}"
-        )
-    return [torch.stack(pair) for pair in pairs]
+        return [torch.stack(_checked_pair(pair)) for pair in out.past_key_values]
+    cache = _new_cache()
+    decoder.forward(**options, past_key_values=cache, return_dict=True)
+    return [torch.stack(cache.seen[layer]) for layer in sorted(cache.seen)]
 
 
 def takes_tuples(decoder: nn.Module) -> bool:
@@ -387,7 +392,7 @@ class PrefixSide(SideModule):
         routes = PrefixRoutes(found.index, found.used, None, found.score, found.version)
         if routes.used:
             self._require_place(decoder, given)
-            read = self._read(routes.used)
+            read = self._read(decoder, routes.used)
             payload = self._payload(call, ids, routes, read)
             repeats = any(prefix.leading for prefix in read)
             routes = replace(routes, payload=payload, width=max(map(len, read)), repeats=repeats)
@@ -395,14 +400,19 @@ class PrefixSide(SideModule):
         self.router.note(self.key, routes, call)
         return routes
 
-    def _require_place(self, decoder: nn.Module, given: Mapping[str, Any]) -> None:
+    def _require_place(self, decoder: Any, given: Mapping[str, Any]) -> None:
         """Make sure that something can be put in front of this call's texts."""
         method, cache, mask = self.memory.method, given.get("past_key_values"), given.get("attention_mask")
-        if cache is not None and _is_fixed(cache):
+        hybrid = getattr(decoder.config, "cache_implementation", None) == "hybrid"
+        if hybrid or (cache is not None and _is_fixed(cache)):
+            came = "a hybrid cache" if hybrid else type(cache).__name__
             raise UnsupportedModel(
-                f"a {method} memory needs a KV cache that can grow by what it puts in front, got "
-                f"{type(cache).__name__}: use a DynamicCache, which is the default of most models, or "
-                "use_cache=False inside fastedit.memory.prompts"
+                f"a {method} memory needs a KV cache that can grow by what it puts in front, got {came}: "
+                + (
+                    "install a newer transformers"
+                    if hybrid
+                    else "use a DynamicCache, the default of generate()"
+                )
             )
         if cache is not None and _length(cache):
             raise FasteditError(
@@ -420,15 +430,15 @@ class PrefixSide(SideModule):
                 "cache into the blocks: call model.eval() first"
             )
 
-    def _read(self, indices: tuple[int, ...]) -> list[ReadPrefix]:
-        source = (self.memory.version, made_of(self.model))
+    def _read(self, decoder: nn.Module, indices: tuple[int, ...]) -> list[ReadPrefix]:
+        source = (self.memory.version, made_of(decoder))
         found = self.read.get(indices, source)
         new = [index for index in indices if index not in found]
         if new:
             leading = leading_specials(self.memory.tokenizer)
             states = read(self.model, [self.memory.prefix(index) for index in new], leading)
             found.update(zip(new, states, strict=True))
-        if not self.model.training:  # dropout: another time, other keys
+        if not decoder.training:  # dropout: another time, other keys
             self.read.put(found, source, self.memory.kept_bytes)
         return [found[index] for index in indices]
 
@@ -488,10 +498,14 @@ class PrefixSide(SideModule):
             given["cache_position"] = given["cache_position"] + width
         if routes.repeats:
             mask = mask * (mask.cumsum(1) > payload[:, _REPEATED, None]).to(mask)
-        columns = torch.arange(width + past + length, device=device)
-        stop = (width + payload[:, _MOVED])[:, None]
-        in_front = (columns < stop) & (columns >= stop - payload[:, _IN_FRONT, None])
-        given["attention_mask"] = pad(mask, (width, 0)).masked_fill(in_front, 1)
+        if self._windowed:
+            columns = torch.arange(width + past + length, device=device)
+            stop = (width + payload[:, _MOVED])[:, None]
+            in_front = (columns < stop) & (columns >= stop - payload[:, _IN_FRONT, None])
+            given["attention_mask"] = pad(mask, (width, 0)).masked_fill(in_front, 1)
+        else:
+            head = torch.arange(width, 0, -1, device=device) <= payload[:, _IN_FRONT, None]
+            given["attention_mask"] = torch.cat((head.to(mask), mask), 1)
 
     def _require_room(self, places: Tensor, columns: int) -> None:
         if self._n_places is None or columns <= self._n_places or int(places.max()) < self._n_places:
@@ -515,7 +529,7 @@ def _places(places: Tensor | None, mask: Tensor, payload: Tensor, past: int, len
         columns = torch.arange(past, past + length, device=payload.device).expand(len(payload), -1)
         counted = (mask.long().cumsum(1)[:, -length:] - 1).clamp(min=0)
         places = torch.where(payload[:, _IN_FRONT, None] > 0, counted, columns)
-    return (places + payload[:, _SHIFT, None]).clamp(min=0)
+    return places + payload[:, _SHIFT, None]
 
 
 def _columns(states: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
@@ -615,18 +629,25 @@ def _empty_cache(decoder: Any) -> Any:
     return DynamicCache()
 
 
-def made_of(model: nn.Module) -> tuple[Any, ...]:
-    """What the keys and values of a prefix depend on: other weights, adapters or precision give another value."""
-    decoder = describe(model).decoder
-    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters())
-    adapters = tuple(
-        (str(state.get("_active_adapter")), state["_disable_adapters"])
-        for state in (module.__dict__ for module in decoder.modules())
-        if "_disable_adapters" in state
-    )
+def made_of(decoder: nn.Module) -> tuple[Any, ...]:
+    """What the keys and values of a prefix depend on: other weights, adapters or precision give another value.
+
+    Runs at every prefill with a hit, so it walks over the modules by itself, which is several times faster.
+    """
+    weights: list[Any] = []
+    modules: list[Any] = [decoder]
+    while modules:
+        state = modules.pop().__dict__
+        for weight in state["_parameters"].values():
+            if weight is not None:
+                version = 0 if weight.is_inference() else weight._version
+                weights.append((weight.data_ptr() if type(weight) is nn.Parameter else id(weight), version))
+        if "_disable_adapters" in state:  # a layer of PEFT
+            weights.append((str(state.get("_active_adapter")), state["_disable_adapters"]))
+        modules.extend(module for module in state["_modules"].values() if module is not None)
     device = next(decoder.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return weights, adapters, autocast
+    return tuple(weights), autocast
 
 
 def n_places(model: nn.Module) -> int | None:
@@ -675,20 +696,17 @@ def attach_in_front(model: nn.Module, memory: PrefixMemory) -> PrefixSide:
 
 
 def _own_tokenizer(model: nn.Module, memory: PrefixMemory) -> Any:
-    from ..models.loading import load_tokenizer
+    from ..models.loading import first_tokenizer
 
     places = [memory.params.get("tokenizer"), getattr(model, "name_or_path", "")]
-    for place in places:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
-    raise FasteditError(
-        f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
-        f"{', '.join(str(place) for place in places if place) or 'the known places'}: set memory.tokenizer, or name "
-        "its folder in the parameter tokenizer"
-    )
+    tokenizer = first_tokenizer(places)
+    if tokenizer is None:
+        raise FasteditError(
+            f"a {memory.method} memory reads text, so it needs the model's tokenizer, which is in none of "
+            f"{[place for place in places if place]}: name its folder, edit.params['tokenizer'] = ..., or set "
+            "the memory's tokenizer"
+        )
+    return tokenizer
 
 
 # ------------------------------------------------------------------ training
@@ -718,11 +736,13 @@ def prefixed_states(
     decoder: Any = describe(model).decoder
     embeddings = decoder.get_input_embeddings()
     (n_rows, length), device = ids.shape, embeddings.weight.device
-    d_model = describe(model).hidden_size
+    d_model = embeddings.weight.shape[1]
     if prompts.dim() != 3 or prompts.shape[::2] != (n_rows, d_model):
         raise ValueError(f"prompts must have shape ({n_rows}, n, {d_model}), got {tuple(prompts.shape)}")
     if mask is not None and (mask.shape != ids.shape or bool((mask[:, 1:] > mask[:, :-1]).any())):
         raise ValueError("prefixed_states: mask must be of the shape of ids, and rows padded on the right")
+    if hit is not None and hit.shape != (n_rows,):
+        raise ValueError(f"hit must have shape ({n_rows},), got {tuple(hit.shape)}")
     n = prompts.shape[1]
     hits = torch.ones(n_rows, dtype=torch.bool) if hit is None else hit.bool()
     hits = hits.to(device)

@@ -86,23 +86,20 @@ def load_parts(params: Mapping[str, Any], model: nn.Module, tokenizer: Any = Non
 
 
 def _base_tokenizer(params: Mapping[str, Any], model: nn.Module) -> Any:
-    from ..models.loading import load_tokenizer
+    from ..models.loading import first_tokenizer
 
     places = [
         str(Path(params["classifier"]) / TOKENIZER),
         params["tokenizer"],
         getattr(unwrap(model), "name_or_path", ""),
     ]
-    for place in places:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
-    raise FasteditError(
-        "the scope classifier reads text, so it needs the base model's tokenizer, which is in none of "
-        f"{', '.join(place for place in places if place)}: name its folder, edit.params['tokenizer'] = ..."
-    )
+    tokenizer = first_tokenizer(places)
+    if tokenizer is None:
+        raise FasteditError(
+            "the scope classifier reads text, so it needs the base model's tokenizer, which is in none of "
+            f"{', '.join(place for place in places if place)}: name its folder, edit.params['tokenizer'] = ..."
+        )
+    return tokenizer
 
 
 def _load_counterfactual(name: str, model: nn.Module, tokenizer: Any) -> tuple[nn.Module | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from memory.toy import PROMPTS, batch
+from memory.toy import PROMPTS
 from model_configs import HIDDEN, tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -100,4 +100,4 @@ def expected(base: Any, memory: ToyPrefix, ids: list[int], index: int | None) ->
     return base(inputs_embeds=whole, attention_mask=ones, position_ids=places[None]).logits[0, n:]
 
 
-__all__ = ["PROMPTS", "ROUTES", "ToyPrefix", "asked", "batch", "expected", "with_prefix"]
+__all__ = ["PROMPTS", "ROUTES", "ToyPrefix", "asked", "expected", "with_prefix"]
