@@ -38,6 +38,7 @@ _METHODS = {
     "grace": "grace",
     "defer": "defer",
     "serac": "serac",
+    "recipe": "recipe",
     "t-patcher": "t_patcher",
     "melo": "melo",
     "ike": "ike",

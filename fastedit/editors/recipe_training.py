@@ -47,6 +47,7 @@ from .training_loop import Learner, Loop, name_of, require_room, split_by_subjec
 logger = logging.getLogger(__name__)
 
 _TOGETHER = 64  # rows in one pass of the model without prompts
+_SAMPLE = 1024  # texts whose pooled states are averaged, if the encoder is trained
 
 Asked = tuple[str, str]  # a prompt and its answer
 
@@ -58,18 +59,25 @@ class RecipeTrainingParams:
     Attributes:
         steps: of Adam, at most.
         batch: records in a step; None: 16, published 8.
-        lr: of towers, generator and sentinel; None: 1e-4, published 1e-5.
+        lr: of towers and sentinel; None: 1e-4, published 1e-5.
+        generator_lr: of the prompt generator; None: 1e-3, published 1e-5.
         encoder_lr: of the encoder; None: 2e-5, published 1e-5.
         train_encoder: whether the encoder is trained as well, as published, or read once.
         dim: d, of keys and queries; None: 512, published 4096.
         prompt_tokens: n, vectors of a soft prompt.
         sentinel_tokens: vectors of the sentinel.
         tied_towers: one tower for knowledge and queries.
+        standardise: the towers read the encoder's pooled states less their mean over the training texts, divided by
+            their deviation: an affine map in front of an affine map, which only eases training. None: not in
+            ``official``.
         both_queries: both contrastive terms for edited prompts and rephrasings, averaged, as in the paper; False: a
             coin gives each record's prompt one term and its rephrasing the other, as in the published code. None:
             False in ``official``.
+        drop_conflicts: a fact of the batch is no candidate for another one's query that is in its scope too, such as
+            the same prompt with another target. None: not in ``official``.
         scale: t, factor of the scores.
         hinge: a token or row counts only while its probability is less than this times the second greatest.
+        epsilon: ε of −log(p + ε); None: 0, published 1e-8. See :mod:`fastedit.editors.recipe_losses`.
         reliability: weight of the edited prompts' loss.
         generality: weight of the rephrasings' loss.
         locality: weight of the unrelated prompts' KL.
@@ -83,15 +91,19 @@ class RecipeTrainingParams:
     steps: int = 3000
     batch: int | None = None
     lr: float | None = None
+    generator_lr: float | None = None
     encoder_lr: float | None = None
     train_encoder: bool = True
     dim: int | None = None
     prompt_tokens: int = 3
     sentinel_tokens: int = 10
     tied_towers: bool = False
+    standardise: bool | None = None
     both_queries: bool | None = None
+    drop_conflicts: bool | None = None
     scale: float = 1.0
     hinge: float = 1.2
+    epsilon: float | None = None
     reliability: float = 1.0
     generality: float = 1.0
     locality: float = 1.0
@@ -102,7 +114,17 @@ class RecipeTrainingParams:
     validation: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "encoder_lr", "dim", "validate_every", "patience", "validation"):
+        for name in (
+            "steps",
+            "batch",
+            "lr",
+            "generator_lr",
+            "encoder_lr",
+            "dim",
+            "validate_every",
+            "patience",
+            "validation",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -117,9 +139,13 @@ class RecipeTrainingParams:
         chosen: dict[str, Any] = {
             "batch": 8 if official else 16,
             "lr": 1e-5 if official else 1e-4,
+            "generator_lr": 1e-5 if official else 1e-3,
             "encoder_lr": 1e-5 if official else 2e-5,
             "dim": 4096 if official else 512,
             "both_queries": not official,
+            "standardise": not official,
+            "drop_conflicts": not official,
+            "epsilon": 1e-8 if official else 0.0,
         }
         given = {key: value for key, value in asdict(self).items() if value is not None}
         return Settings(**{**chosen, **given})
@@ -131,9 +157,13 @@ class Settings(RecipeTrainingParams):
 
     batch: int = 16
     lr: float = 1e-4
+    generator_lr: float = 1e-3
     encoder_lr: float = 2e-5
     dim: int = 512
     both_queries: bool = True
+    standardise: bool = True
+    drop_conflicts: bool = True
+    epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,7 +212,7 @@ def train(
         encoder: folder or hub name of a text encoder, or an installed package that holds one.
         exclude: records to test with later: what shares a subject or a prompt with them is not trained on.
         params: see :class:`RecipeTrainingParams`.
-        profile: ``"official"`` takes the published hyper-parameters, and the encoder's learning rate for everything.
+        profile: ``"official"`` takes the published hyper-parameters, and ``lr`` for the generator, too.
         seed: of the networks, the split and the batches.
         progress: show a bar; None shows it on a terminal only.
 
@@ -315,6 +345,16 @@ def row_of(tokenizer: Any, prompt: str, answer: str) -> TargetRow:
     return TargetRow(whole[:-1], len(start), whole[len(start) :])
 
 
+def best_cut(lengths: Sequence[int]) -> int:
+    """Into how many short rows and how many long ones to divide rows of ascending lengths, for the least padding.
+
+    Returns:
+        The number of short ones; 0 if one batch is as good.
+    """
+    n = len(lengths)
+    return min(range(n), key=lambda cut: cut * lengths[max(cut - 1, 0)] + (n - cut) * lengths[-1])
+
+
 def _room(model: nn.Module, settings: Settings) -> float:
     limit = describe(model).context_length
     return math.inf if limit is None else limit - settings.prompt_tokens
@@ -332,6 +372,14 @@ class _Drawn:
     outside: list[str]
     rows: list[Asked]  # edited prompts, rephrasings, unrelated prompts: as many of each as facts
     first: list[bool]  # whether a fact's own prompt gets the neighbour term, its rephrasing the sentinel term
+
+
+def conflicts(batch: Sequence[Example], drawn: _Drawn) -> Tensor:
+    """(3 B, B + 1) bool: queries that are in the scope of a fact which is not their own."""
+    scopes = [{e.fact.text, *(text for items in e.inside.values() for text, _ in items)} for e in batch]
+    queries = [*enumerate(drawn.own), *enumerate(drawn.inside), *((-1, text) for text in drawn.outside)]
+    rows = [[text in scope and i != own for i, scope in enumerate(scopes)] for own, text in queries]
+    return torch.nn.functional.pad(torch.tensor(rows), (0, 1))
 
 
 class _Learner(Learner[Example]):
@@ -380,10 +428,12 @@ class _Learner(Learner[Example]):
     def prepare(self, examples: Sequence[Example], progress: bool | None) -> None:
         """Read what no step changes: unrelated prompts by the model, and all texts by a frozen encoder."""
         unrelated = list(dict.fromkeys(a for e in examples for items in e.outside.values() for a in items))
-        texts: list[str] = []
-        if not self.settings.train_encoder:
-            texts = list(dict.fromkeys(text for example in examples for text in _texts(example)))
-            texts.sort(key=len)
+        texts = list(dict.fromkeys(text for example in examples for text in _texts(example)))
+        if self.settings.train_encoder:
+            texts = (
+                random.Random(0).sample(texts, min(_SAMPLE, len(texts))) if self.settings.standardise else []
+            )
+        texts.sort(key=len)
         with bar_of(total=len(unrelated) + len(texts), desc="reading", unit="text", show=progress) as bar:
             for start in range(0, len(texts), _TOGETHER):
                 part = texts[start : start + _TOGETHER]
@@ -393,28 +443,44 @@ class _Learner(Learner[Example]):
             unrelated.sort(key=lambda asked: len(self._row(asked).ids))
             for start in range(0, len(unrelated), _TOGETHER):
                 part_asked = unrelated[start : start + _TOGETHER]
-                states = self._states(part_asked, None)
-                self._before.update(zip(part_asked, self._scored(states, part_asked), strict=True))
+                found_states = [states.clone() for states in self._states(part_asked, None)]
+                self._before.update(zip(part_asked, found_states, strict=True))
                 bar.update(len(part_asked))
+        if self.settings.standardise:
+            self.networks.standardise(torch.stack(list(self._statistics.values())))
+        if self.settings.train_encoder:
+            self._statistics.clear()
 
     def _row(self, asked: Asked) -> TargetRow:
         if asked not in self._rows:
             self._rows[asked] = row_of(self.tokenizer, *asked)
         return self._rows[asked]
 
-    def _states(self, asked: Sequence[Asked], prompts: Tensor | None) -> Tensor:
-        """(rows, length, hidden) of the model, with these prompts in front or without any."""
-        ids, mask, _ = (t.to(self.device) for t in pad_batch([self._row(each).ids for each in asked], 0))
-        hit = None
-        if prompts is None:
-            prompts = torch.zeros(len(ids), 1, self.description.hidden_size, device=self.device)
-            hit = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        return prefixed_states(self._model[0], ids, mask, prompts, hit)
+    def _states(self, asked: Sequence[Asked], prompts: Tensor | None) -> list[Tensor]:
+        """Per row the model's states (tokens, hidden) that predict its answer, with these prompts in front or none.
 
-    def _scored(self, states: Tensor, asked: Sequence[Asked]) -> list[Tensor]:
-        """Per row the states (tokens, hidden) that predict its answer."""
+        One pass over all rows; on a CPU, where padding costs what tokens cost, one over the short and one over the
+        long rows.
+        """
         rows = [self._row(each) for each in asked]
-        return [states[i, row.key : row.key + len(row.target)].clone() for i, row in enumerate(rows)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        cut = best_cut([len(rows[i].ids) for i in order]) if self.device.type == "cpu" else 0
+        found: dict[int, Tensor] = {}
+        for part in (order[:cut], order[cut:]):
+            if not part:
+                continue
+            ids, mask, _ = (t.to(self.device) for t in pad_batch([rows[i].ids for i in part], 0))
+            hit = None
+            if prompts is None:
+                given = torch.zeros(len(ids), 1, self.description.hidden_size, device=self.device)
+                hit = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+            else:
+                given = prompts[torch.tensor(part, device=self.device)]
+            states = prefixed_states(self._model[0], ids, mask, given, hit)
+            for place, i in enumerate(part):
+                key = rows[i].key
+                found[i] = states[place, key : key + len(rows[i].target)]
+        return [found[i] for i in range(len(rows))]
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self.description.logits(states)
@@ -441,10 +507,12 @@ class _Learner(Learner[Example]):
         drawn = self._draw(batch, rng)
         knowledge = [knowledge_text(*example.own) for example in batch]
         statistics = self.statistics([*knowledge, *drawn.own, *drawn.inside, *drawn.outside])
-        keys = self.networks.knowledge(statistics[:n])
-        scores = self.scores(self.networks.query(statistics[n:]), keys)
+        keys = self.networks.keys(statistics[:n])
+        scores = self.scores(self.networks.queries(statistics[n:]), keys)
+        if settings.drop_conflicts:
+            scores = scores.masked_fill(conflicts(batch, drawn).to(self.device), -torch.inf)
         contrastive = self._contrastive(scores[:n], scores[n : 2 * n], drawn.first, hinge)
-        contrastive = contrastive + outside_loss(scores[2 * n :], hinge)
+        contrastive = contrastive + outside_loss(scores[2 * n :], hinge, settings.epsilon)
         states = self._states(drawn.rows, self.networks.prompts(keys).repeat(3, 1, 1))
         reliability, generality, locality, right = self._edit_losses(states, drawn.rows, hinge)
         loss = (
@@ -469,33 +537,35 @@ class _Learner(Learner[Example]):
 
     def _contrastive(self, own: Tensor, inside: Tensor, first: Sequence[bool], hinge: float | None) -> Tensor:
         """The two terms of relevant queries: scores (B, B + 1) of edited prompts, and of their rephrasings."""
+        epsilon = self.settings.epsilon
         if self.settings.both_queries:
-            terms = [neighbour_loss(scores) + inside_loss(scores, hinge) for scores in (own, inside)]
+            terms = [
+                neighbour_loss(scores, epsilon) + inside_loss(scores, hinge, epsilon)
+                for scores in (own, inside)
+            ]
             return (terms[0] + terms[1]) / 2
         heads = torch.tensor(first, device=own.device)[:, None]
-        return neighbour_loss(torch.where(heads, own, inside)) + inside_loss(
-            torch.where(heads, inside, own), hinge
-        )
+        first_scores, second_scores = torch.where(heads, own, inside), torch.where(heads, inside, own)
+        return neighbour_loss(first_scores, epsilon) + inside_loss(second_scores, hinge, epsilon)
 
     def _edit_losses(
-        self, states: Tensor, rows: Sequence[Asked], hinge: float | None
+        self, scored: Sequence[Tensor], rows: Sequence[Asked], hinge: float | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
         """The losses of edited prompts and rephrasings, the KL of unrelated prompts, and accuracies."""
         n = len(rows) // 3
-        scored = self._scored(states, rows)
         labels = torch.tensor(
             [token for each in rows[: 2 * n] for token in self._row(each).target], device=self.device
         )
         n_first = sum(len(part) for part in scored[:n])
         with torch.no_grad():
             before = self._logits(torch.cat([self._before[each] for each in rows[2 * n :]])).log_softmax(1)
-        logits = self._logits(torch.cat(scored))
+        logits = self._logits(torch.cat(list(scored)))
         right = (logits[: len(labels)].detach().argmax(1) == labels).float()
         accuracies = {
             "accuracy": float(right[:n_first].mean()),
             "accuracy_rephrased": float(right[n_first:].mean()),
         }
-        return *edit_losses(logits, labels, n_first, before, hinge), accuracies
+        return *edit_losses(logits, labels, n_first, before, hinge, self.settings.epsilon), accuracies
 
     def _draw(self, batch: Sequence[Example], rng: random.Random) -> _Drawn:
         """What is asked, and by which prompts: drawn independently, first the kind, then the prompt."""
@@ -527,9 +597,9 @@ class _Learner(Learner[Example]):
     def _hits(self, asked: Sequence[Example], rng: random.Random) -> dict[str, float]:
         drawn = self._draw(asked, rng)
         knowledge = [knowledge_text(*example.own) for example in asked]
-        keys = self.networks.knowledge(self.statistics(knowledge))
+        keys = self.networks.keys(self.statistics(knowledge))
         n = len(asked)
-        queries = self.networks.query(self.statistics([*drawn.own, *drawn.inside, *drawn.outside]))
+        queries = self.networks.queries(self.statistics([*drawn.own, *drawn.inside, *drawn.outside]))
         scores = self.scores(queries, keys)
         best, found = scores[:, :-1].max(1)
         found = torch.where(best > scores[:, -1], found, -1)
@@ -543,10 +613,15 @@ class _Learner(Learner[Example]):
     # -- parameters, and on disk --------------------------------------------------------------------
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters with their learning rates; published is the encoder's for all of them."""
-        settings = self.settings
-        lr = settings.encoder_lr if self.profile == "official" and settings.train_encoder else settings.lr
-        groups: list[dict[str, Any]] = [{"params": list(self.networks.parameters()), "lr": lr}]
+        """Parameters with their learning rates; in ``official`` the generator's is not its own, as published."""
+        settings, generator = self.settings, list(self.networks.generator.parameters())
+        ids = {id(parameter) for parameter in generator}
+        others = [parameter for parameter in self.networks.parameters() if id(parameter) not in ids]
+        generator_lr = settings.lr if self.profile == "official" else settings.generator_lr
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": settings.lr},
+            {"params": generator, "lr": generator_lr},
+        ]
         if settings.train_encoder:
             groups.append({"params": list(self.encoder.parameters()), "lr": settings.encoder_lr})
         return groups

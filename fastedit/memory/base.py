@@ -124,6 +124,14 @@ class Memory(ABC):
         """
         raise TypeError(f"a {self.method} memory stands at a block, not beside the whole model")
 
+    def detached(self) -> None:  # noqa: B027
+        """Called when it is taken off a model. Most memories need not know."""
+
+    @property
+    def outlives_edits(self) -> bool:
+        """Whether it holds more than its edits on this model, so that taking the last one off leaves it there."""
+        return False
+
     @property
     def upper_layers(self) -> tuple[int, ...]:
         """Blocks above its own at whose output projections it answers too, by the routes decided at its own."""

@@ -107,6 +107,26 @@ class RecipeNetworks(nn.Module):
             Residual(sizes.dim), nn.Linear(sizes.dim, sizes.prompt_tokens * sizes.hidden)
         )
         self.sentinel = nn.Parameter(torch.empty(1, sizes.sentinel_tokens, sizes.width).uniform_(-0.05, 0.05))
+        self.centre: Tensor
+        self.spread: Tensor
+        self.register_buffer("centre", torch.zeros(4 * sizes.width))
+        self.register_buffer("spread", torch.ones(4 * sizes.width))
+
+    def standardise(self, statistics: Tensor) -> None:
+        """Let both towers read (x − centre) / spread from now on, mean and deviation of (n, 4 width)."""
+        deviation = statistics.std(0)
+        self.centre.copy_(statistics.mean(0))
+        self.spread.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+
+    def keys(self, statistics: Tensor) -> Tensor:
+        """(n, dim) of pooled states of knowledge (n, 4 width)."""
+        out: Tensor = self.knowledge((statistics - self.centre) / self.spread)
+        return out
+
+    def queries(self, statistics: Tensor) -> Tensor:
+        """(n, dim) of pooled states of prompts (n, 4 width)."""
+        out: Tensor = self.query((statistics - self.centre) / self.spread)
+        return out
 
     def prompts(self, keys: Tensor) -> Tensor:
         """(n, prompt_tokens, hidden) of keys (n, dim)."""
@@ -115,12 +135,11 @@ class RecipeNetworks(nn.Module):
 
     def sentinel_key(self, encoder: TextEncoder) -> Tensor:
         """(1, dim): the sentinel through the encoder's blocks and the knowledge tower."""
-        out: Tensor = self.knowledge(encoder.statistics_of(self.sentinel).to(self.sentinel.dtype))
-        return out
+        return self.keys(encoder.statistics_of(self.sentinel).to(self.sentinel.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights by name, each once."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Weights and buffers by name, each once."""
+        return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -162,12 +181,12 @@ class RecipeParts:
     @torch.no_grad()
     def keys(self, texts: Sequence[str]) -> Tensor:
         """(n, dim) fp32 on the CPU: keys of knowledge."""
-        return self._through(self.networks.knowledge, texts)
+        return self._through(self.networks.keys, texts)
 
     @torch.no_grad()
     def queries(self, texts: Sequence[str]) -> Tensor:
         """(n, dim) fp32 on the CPU: queries of prompts."""
-        return self._through(self.networks.query, texts)
+        return self._through(self.networks.queries, texts)
 
     @torch.no_grad()
     def prompts(self, keys: Tensor) -> Tensor:
@@ -186,7 +205,7 @@ class RecipeParts:
 
     def _of_weights(self, name: str, make: Callable[[], Any]) -> Any:
         """What is computed from the weights, remembered as long as none of them changes."""
-        weights = [*self.networks.parameters(), *self.encoder.module.parameters()]
+        weights = [*self.networks.tensors().values(), *self.encoder.module.parameters()]
         state = [(weight.data_ptr(), weight._version) for weight in weights]
         if name not in self._known or self._known[name][0] != state:
             self._known[name] = state, make()
@@ -197,10 +216,8 @@ class RecipeParts:
         self.networks.to(device)
         self.encoder.module.to(device)
 
-    def _through(self, tower: nn.Module, texts: Sequence[str]) -> Tensor:
-        statistics = self.encoder.statistics(texts).to(self.networks.sentinel)
-        out: Tensor = tower(statistics)
-        return out.float().cpu()
+    def _through(self, tower: Callable[[Tensor], Tensor], texts: Sequence[str]) -> Tensor:
+        return tower(self.encoder.statistics(texts).to(self.networks.sentinel)).float().cpu()
 
 
 def write_checkpoint(
@@ -497,8 +514,11 @@ class RecipeMemory(PrefixMemory):
         return 2 * sizes.dim * (4 * sizes.width + sizes.dim + self.n_entries + 1)
 
     def owner(self, index: int) -> str | None:
-        """The edit that an entry belongs to."""
-        return self.store.entry(index).group or None
+        """The edit that an entry belongs to; None for one that is gone."""
+        try:
+            return self.store.entry(index).group or None
+        except ValueError:
+            return None
 
 
 def _own_tokenizer(checkpoint: str) -> Any:

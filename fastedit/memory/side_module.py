@@ -211,6 +211,7 @@ def detach(model: nn.Module, side: SideModule) -> None:
     for site in side.sites:
         unhook(model, site)
     side.router.sides.remove(side)
+    side.memory.detached()
     if not side.router.sides:
         unhook(model, side.router)
 

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-EPS = 1e-8
-
 
 def softmax(row: list[Tensor]) -> list[Tensor]:
-    greatest = max(float(value) for value in row)
+    greatest = max(float(value.detach()) for value in row)
     powers = [torch.exp(value - greatest) for value in row]
     total = sum(powers[1:], powers[0])
     return [power / total for power in powers]
@@ -22,48 +20,56 @@ def score(u: Tensor, r: Tensor, scale: float) -> Tensor:
 
 
 def second_largest(values: list[Tensor]) -> float:
-    return sorted((float(value) for value in values), reverse=True)[1]
+    return sorted((float(value.detach()) for value in values), reverse=True)[1]
 
 
-def neighbour(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float) -> Tensor:
+def neighbour(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float, epsilon: float) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for i, u in enumerate(queries):
         p = softmax([score(u, r, scale) for r in [*keys, sentinel]])
-        total = total - torch.log(p[i] + EPS)
+        total = total - torch.log(p[i] + epsilon)
     return total / len(queries)
 
 
-def _mean_of_kept(rows: list[tuple[Tensor, list[Tensor]]], hinge: float) -> Tensor:
-    kept = [-torch.log(p + EPS) for p, row in rows if len(row) > 1 and float(p) < hinge * second_largest(row)]
+def _mean_of_kept(rows: list[tuple[Tensor, list[Tensor]]], hinge: float, epsilon: float) -> Tensor:
+    kept = [
+        -torch.log(p + epsilon)
+        for p, row in rows
+        if len(row) > 1 and float(p.detach()) < hinge * second_largest(row)
+    ]
     if not kept:
         return torch.zeros((), dtype=torch.float64)
     return sum(kept[1:], kept[0]) / len(kept)
 
 
-def inside(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float, hinge: float) -> Tensor:
+def inside(
+    queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float, hinge: float, epsilon: float
+) -> Tensor:
     rows = []
     for i, u in enumerate(queries):
         candidates = [score(u, r, scale) for j, r in enumerate(keys) if j != i]
         p = softmax([*candidates, score(u, sentinel, scale)])
         rows.append((p[-1], p))
-    return _mean_of_kept(rows, hinge)
+    return _mean_of_kept(rows, hinge, epsilon)
 
 
-def outside(queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float, hinge: float) -> Tensor:
+def outside(
+    queries: Tensor, keys: Tensor, sentinel: Tensor, scale: float, hinge: float, epsilon: float
+) -> Tensor:
     rows = []
     for u in queries:
         p = softmax([score(u, r, scale) for r in [*keys, sentinel]])
         rows.append((p[-1], p))
-    return _mean_of_kept(rows, hinge)
+    return _mean_of_kept(rows, hinge, epsilon)
 
 
-def edit(logits: Tensor, labels: list[int], hinge: float) -> Tensor:
+def edit(logits: Tensor, labels: list[int], hinge: float, epsilon: float) -> Tensor:
     """Logits (s, V) of one group."""
     kept = []
     for row, label in zip(logits, labels, strict=True):
         p = softmax(list(row))
-        if float(p[label]) < hinge * second_largest(p):
-            kept.append(-torch.log(p[label] + EPS))
+        if float(p[label].detach()) < hinge * second_largest(p):
+            kept.append(-torch.log(p[label] + epsilon))
     return sum(kept[1:], kept[0]) / len(kept) if kept else torch.zeros((), dtype=torch.float64)
 
 
