@@ -403,31 +403,33 @@ class PrefixSide(SideModule):
     def _require_place(self, decoder: Any, given: Mapping[str, Any]) -> None:
         """Make sure that something can be put in front of this call's texts."""
         method, cache, mask = self.memory.method, given.get("past_key_values"), given.get("attention_mask")
-        hybrid = getattr(decoder.config, "cache_implementation", None) == "hybrid"
-        if hybrid or (cache is not None and _is_fixed(cache)):
-            came = "a hybrid cache" if hybrid else type(cache).__name__
+        if getattr(decoder.config, "cache_implementation", None) == "hybrid":
             raise UnsupportedModel(
-                f"a {method} memory needs a KV cache that can grow by what it puts in front, got {came}: "
-                + (
-                    "install a newer transformers"
-                    if hybrid
-                    else "use a DynamicCache, the default of generate()"
-                )
+                f"this release of transformers gives {type(decoder).__name__} KV caches of fixed length only, and a "
+                f"{method} memory needs one that can grow: install a newer transformers"
+            )
+        if cache is not None and _is_fixed(cache):
+            raise UnsupportedModel(
+                f"a {method} memory needs a KV cache that can grow by what it puts in front, got "
+                f"{type(cache).__name__}: use a DynamicCache, the default of generate()"
             )
         if cache is not None and _length(cache):
             raise FasteditError(
                 f"a {method} memory puts something in front of whole texts, but the KV cache holds "
                 f"{_length(cache)} tokens from before the memory's first call: begin with an empty cache"
             )
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedModel(
-                f"a {method} memory needs an attention_mask of shape (batch, length), got {came}"
-            )
+        self._require_plain(mask)
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise UnsupportedModel(
                 f"a {method} memory does not work with gradient checkpointing in training mode, which lets no KV "
                 "cache into the blocks: call model.eval() first"
+            )
+
+    def _require_plain(self, mask: Any) -> None:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise UnsupportedModel(
+                f"a {self.memory.method} memory needs an attention_mask of shape (batch, length), got {came}"
             )
 
     def _read(self, decoder: nn.Module, indices: tuple[int, ...]) -> list[ReadPrefix]:
@@ -488,6 +490,7 @@ class PrefixSide(SideModule):
         (n_rows, length), mask, width = call.size, given.get("attention_mask"), routes.width
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         device = tokens.device
+        self._require_plain(mask)
         if mask is None:
             mask = torch.ones((n_rows, past + length), dtype=torch.int64, device=device)
         payload = routes.payload.to(device)

@@ -379,6 +379,30 @@ def test_compiled_models() -> None:
     torch.testing.assert_close(call(compiled, inputs).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_inference_mode_leaves_nothing_that_gradients_cannot_use() -> None:
+    model, side = with_prefix("llama")
+    inputs = asked()
+    with torch.inference_mode():
+        side.memory.prompts = [prompt.clone() for prompt in side.memory.prompts]
+        wanted = model(**inputs).logits
+    found = model(**inputs).logits
+    found.sum().backward()
+    assert torch.equal(found.detach(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=["bool", "float"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_masks_of_any_dtype(family: str, dtype: torch.dtype) -> None:
+    model, _ = with_prefix(family, text=True, bos=True)
+    inputs = asked(bos=True)
+    wanted = call(model, inputs).logits
+    other = {**inputs, "attention_mask": inputs["attention_mask"].to(dtype)}
+    with torch.no_grad():
+        found = model(**other, position_ids=places(inputs)).logits
+    for a, b in zip(rows_of(found, inputs), rows_of(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_threads_do_not_disturb_each_other() -> None:
     model, side = with_prefix("llama")
     side.memory.kept_bytes = 5000
@@ -678,6 +702,10 @@ def test_masks_and_embeddings_that_cannot_be_read() -> None:
     length = inputs["input_ids"].shape[1]
     with pytest.raises(UnsupportedModel, match="needs an attention_mask of shape"):
         model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, length, length).bool().tril())
+    cache = prefilled(model, inputs)
+    with pytest.raises(UnsupportedModel, match="needs an attention_mask of shape"):
+        model(torch.tensor([[7]]), attention_mask=torch.zeros(1, 1, 1, length + 1), past_key_values=cache)
+    assert cache.get_seq_length() == length
     with pytest.raises(UnsupportedModel, match="needs input_ids, got inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 3, HIDDEN))
     model.train()
