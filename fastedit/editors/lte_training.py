@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ def train(
     records: Iterable[Record],
     out: str | Path,
     *,
+    encoder: str | Path | None = None,
+    exclude: Iterable[Record] = (),
     params: LteTrainingParams | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -153,6 +155,9 @@ def train(
         tokenizer: its tokenizer.
         records: of a data set; see the module for what is taken from them.
         out: folder to write; must not exist, unless training goes on.
+        encoder: in the place of the hyper-parameter.
+        exclude: records to test with later: facts and prompts that they share are not trained on, nor are their
+            subjects.
         params: see :class:`LteTrainingParams`.
         seed: of the split, the batches, the adapter's first values and dropout.
         progress: show a bar; None shows it on a terminal only.
@@ -178,9 +183,11 @@ def train(
     if sides_of(model):
         raise FasteditError("the model has a memory: take its edits off before training")
     base = fingerprint(model)
-    encoder = SentenceEncoder.load({"encoder": settings.encoder, "pooling": settings.pooling})
-    encoder.encoder.module.to(next(model.parameters()).device)
-    examples = examples_of(records, encoder)
+    name = str(encoder or settings.encoder)
+    settings = replace(settings, encoder=str(Path(name).resolve()) if Path(name).is_dir() else name)
+    reader = SentenceEncoder.load(asdict(settings))
+    reader.encoder.module.to(next(model.parameters()).device)
+    examples = examples_of(records, reader, exclude)
     trained, held = split_by_subject(examples, settings.holdout, seed)
     with frozen(model):
         answers = base_answers(model, tokenizer, examples, settings.answer_tokens)
@@ -190,9 +197,8 @@ def train(
                 key: value for key, value in asdict(settings).items() if key not in ("patience", "merged")
             }
             facts = [[e.fact.as_dict(), e.inside, e.outside] for e in examples]
-            loop = _Scheduled(
-                learner, trained, held, seed, name_of([base, content, encoder.digest, seed, facts])
-            )
+            name = name_of([base, content, reader.digest, seed, facts])
+            loop = _Scheduled(learner, trained, held, seed, name)
             report = loop.run(out, progress)
         finally:
             learner.unload()
@@ -204,20 +210,32 @@ def train(
 # ------------------------------------------------------------------ data
 
 
-def examples_of(records: Iterable[Record], encoder: SentenceEncoder) -> list[Example]:
+def examples_of(
+    records: Iterable[Record], encoder: SentenceEncoder, exclude: Iterable[Record] = ()
+) -> list[Example]:
     """What training takes from records: all their facts, with what is in and out of scope, and their neighbours.
 
     A record without prompts out of scope has those of the next record about another subject.
 
+    Args:
+        records: of a data set.
+        encoder: finds the neighbours.
+        exclude: records whose subjects and prompts are left out.
+
     Raises:
-        ValueError: no record has any.
+        ValueError: nothing is left, or no record has prompts out of scope.
     """
+    others = list(exclude)
+    subjects = {_plain(fact.subject) for record in others for fact, _ in record.edits}
+    asked = {text for record in others for text in _inside(record) + _outside(record)}
     found: list[tuple[Fact, list[str], list[str]]] = []
     for record in records:
-        outside = [item.prompt for items in record.locality.values() for item in items] + record.neighborhood
         for fact, rephrased in record.edits:
-            inside = list(dict.fromkeys([fact.text, *rephrased]))
-            found.append((fact, inside, [t for t in dict.fromkeys(outside) if t.strip() and t not in inside]))
+            inside = [text for text in dict.fromkeys([fact.text, *rephrased]) if text not in asked]
+            if _plain(fact.subject) in subjects or fact.text in asked:
+                continue
+            outside = [t for t in dict.fromkeys(_outside(record)) if t not in inside and t not in asked]
+            found.append((fact, inside, outside))
     if not any(outside for _, _, outside in found):
         raise ValueError(
             "training needs records with prompts out of scope (locality or neighbourhood), got none"
@@ -225,13 +243,26 @@ def examples_of(records: Iterable[Record], encoder: SentenceEncoder) -> list[Exa
     near = neighbours([fact for fact, _, _ in found], encoder)
     examples = []
     for number, (fact, inside, own) in enumerate(found):
-        others = (found[(number + step) % len(found)] for step in range(1, len(found)))
-        outside = own or next(
-            (each for other, _, each in others if each and other.subject != fact.subject), []
+        following = (found[(number + step) % len(found)] for step in range(1, len(found)))
+        theirs = (
+            each for other, _, each in following if each and _plain(other.subject) != _plain(fact.subject)
         )
-        if outside:
+        if outside := own or next(theirs, []):
             examples.append(Example(fact, inside, outside, near[number]))
     return examples
+
+
+def _plain(subject: str) -> str:
+    return subject.casefold().strip()
+
+
+def _inside(record: Record) -> list[str]:
+    return [text for fact, rephrased in record.edits for text in (fact.text, *rephrased)]
+
+
+def _outside(record: Record) -> list[str]:
+    found = [item.prompt for items in record.locality.values() for item in items] + record.neighborhood
+    return [text for text in found if text.strip()]
 
 
 def neighbours(facts: Sequence[Fact], encoder: SentenceEncoder) -> list[list[Fact]]:
@@ -242,7 +273,7 @@ def neighbours(facts: Sequence[Fact], encoder: SentenceEncoder) -> list[list[Fac
     ids, _ = index.max_inner_product(keys, k=min(_SEARCHED, len(facts)))
     found = []
     for fact, row in zip(facts, ids.tolist(), strict=True):
-        others = [facts[i] for i in row if i >= 0 and facts[i].subject.casefold() != fact.subject.casefold()]
+        others = [facts[i] for i in row if i >= 0 and _plain(facts[i].subject) != _plain(fact.subject)]
         found.append(others[:_NEIGHBOURS])
     return found
 

@@ -167,6 +167,9 @@ class Rase(RetrievalEditor):
             sentences = self.encoder.embed([fact.text for fact in facts], device)
         patches = []
         with watch.stage("edit"):
+            if isinstance(self.inner, LocateThenEdit):  # all are edited on the weights as they are
+                self.inner.made_ahead.clear()
+                self.inner.optimise_targets(facts)
             for fact in progress(facts, desc="patches", unit="fact", show=self.progress):
                 patches.append(self.patch(fact))
         tensors = {"keys": keys, "sentences": sentences, **_stacked(patches)}

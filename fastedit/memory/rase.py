@@ -100,8 +100,6 @@ class RaseMemory(Memory):
         self, d_in: int, d_out: int, params: Mapping[str, Any], profile: str = "clean", seed: int = 0
     ) -> None:
         super().__init__(d_in, d_out, params, profile, seed)
-        if profile == "official":
-            self.route_tokens = "all"
         self.layer: int = params["layers"][0]
         names = ("best", "margin", "spread", "least")
         self.gate = GateSettings(**{name: params[f"gate_{name}"] for name in names})

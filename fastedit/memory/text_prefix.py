@@ -67,8 +67,6 @@ class TextMemory(PrefixMemory):
         self, d_in: int, d_out: int, params: Mapping[str, Any], profile: str = "clean", seed: int = 0
     ) -> None:
         super().__init__(d_in, d_out, params, profile, seed)
-        if profile == "official":
-            self.route_tokens = "all"
         self.encoder: SentenceEncoder | None = None
         self._edits: dict[str, MemoryEdit] = {}
         self.clear()

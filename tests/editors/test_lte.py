@@ -237,6 +237,16 @@ def test_examples_and_their_neighbours(encoder: str) -> None:
         assert all(f in others for f in example.neighbours)
     with pytest.raises(ValueError, match="out of scope"):
         examples_of([Record(f) for f in FACTS], reader)
+    other = Record(
+        Fact("{} is in", "town 0", "Rome"), rephrase=["Town 1 is in"], neighborhood=["Where is Town 2? In"]
+    )
+    left = examples_of(records(4), reader, [other])
+    assert [example.inside for example in left] == [
+        ["Town 2 is in"],
+        ["Town 3 is in", "Where is Town 3? In"],
+    ]
+    with pytest.raises(ValueError, match="out of scope"):
+        examples_of(records(4), reader, [Record(FACTS[0], neighborhood=["The sky is"])])
 
 
 def test_rows_by_their_definition(encoder: str) -> None:

@@ -348,3 +348,20 @@ def test_from_the_command_line(encoder: str, tmp_path: Path, capsys: pytest.Capt
     last_logits(again, asked())
     assert routes(again) == [0, None, None, None, None]
     assert math.isfinite(route_info(again)[0][0]["score"])
+
+
+def test_targets_are_optimised_together(encoder: str) -> None:
+    _, editor, together = edited(encoder, inner="memit")
+    calls: list[int] = []
+    model = tiny_model("llama")
+    other = editor_of(model, encoder, "memit")
+    targets = other.inner.targets
+    other.inner.targets = lambda facts, rows: calls.append(len(facts)) or targets(facts, rows)
+    other.edit(FACTS)
+    assert calls == [len(FACTS)]
+    alone = [editor.patch(fact) for fact in FACTS]
+    for layer in (0, 1):
+        for row, patch in enumerate(alone):
+            content = together.content
+            change = content[f"A.{layer}"][row] @ content[f"B.{layer}"][row]
+            torch.testing.assert_close(change, patch[layer].dense().T, rtol=1e-3, atol=1e-6)
