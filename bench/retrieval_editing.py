@@ -65,7 +65,7 @@ COLUMNS = (
     "part", "case", "batch", "facts", "rate_per_s", "other_per_s", "speedup", "cpu_speedup", "ms", "other_ms",
     "ratio", "cpu_ratio", "difference", "routed",
 )  # fmt: skip
-SIZES = {"dim": 512, "prompt_tokens": 3, "sentinel_tokens": 10}
+SIZES: dict[str, Any] = {"dim": 512, "prompt_tokens": 3, "sentinel_tokens": 10}
 
 
 # ---- timing ---------------------------------------------------------------------------------------------

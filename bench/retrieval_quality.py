@@ -271,8 +271,8 @@ class Exchanged(RecipeMemory):
         if self.front == "text":
             return Prefix(ids=ids_in_front(self.tokenizer, filled(self.template, fact, "")))
         ids = self.tokenizer(knowledge_text(fact.text, fact.target), add_special_tokens=False)["input_ids"]
-        weight = describe(self.base).embeddings.weight
-        return Prefix(embeddings=weight.detach()[torch.tensor(ids, device=weight.device)])
+        weight = self.base.get_input_embeddings().weight.detach()
+        return Prefix(embeddings=weight[torch.tensor(ids, device=weight.device)])
 
 
 class ExchangedRecipe(Recipe):
@@ -488,18 +488,16 @@ class Study:
                 model, self.tokenizer, params={"checkpoint": checkpoint}, exchange=exchange, **options
             )
         if name == "ike":
-            params: dict[str, Any] = (
-                {"k": 0, "template": template} if suffix else {"k": self.options.demonstrations}
-            )
+            given: dict[str, Any] = {"threshold": self.sentence_threshold()}
+            given |= {"k": 0, "template": template} if suffix else {"k": self.options.demonstrations}
             demonstrations = None if suffix else self.train
-            params["threshold"] = self.sentence_threshold()
-            editor = ToldIke(model, self.tokenizer, params=params, demonstrations=demonstrations, **options)
+            editor = ToldIke(model, self.tokenizer, params=given, demonstrations=demonstrations, **options)
             if editor.demonstrator is not None:
                 self._demonstrator = editor.demonstrator = self._demonstrator or editor.demonstrator
                 _ = self._demonstrator.keys  # read once for all runs, and not counted as editing
             return editor
-        params = self.settings(name)
-        kind = editor_class(name)
+        params: Any = self.settings(name)
+        kind: Any = editor_class(name)
         if issubclass(kind, LocateThenEdit):
             params = resolve_params(kind.params_file or name, kind.Params, self.description, params or None)
             options["statistics"] = self.statistics(params.layers)

@@ -87,7 +87,7 @@ class PublishedRecipe:
 
     def losses(self, batch: PublishedBatch) -> dict[str, Tensor]:
         """``reliability``, ``generality``, ``locality``, ``contrastive`` and ``loss``, their sum."""
-        keys = self.networks.knowledge(self.encoder.statistics(batch.knowledge))
+        keys = self.networks.keys(self.encoder.statistics(batch.knowledge))
         prompts = self.networks.prompts(keys)
         with torch.no_grad():
             before = self.logits(batch.locality, None)
@@ -107,7 +107,7 @@ class PublishedRecipe:
         candidates = torch.cat((keys, sentinel))
 
         def probabilities(texts: Sequence[str], own: bool) -> Tensor:
-            queries = self.networks.query(self.encoder.statistics(texts))
+            queries = self.networks.queries(self.encoder.statistics(texts))
             scores = queries @ candidates.T / math.sqrt(keys.shape[1])
             if not own:  # the slot of a query's own key is overwritten by the sentinel's score
                 scores = scores.clone()
