@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidFact
@@ -67,7 +67,7 @@ class Fact:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain fields, for JSON."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_filled(cls, prompt: str, subject: str, target_new: str, **fields: Any) -> Fact:

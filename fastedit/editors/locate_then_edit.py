@@ -116,6 +116,10 @@ class LocateThenEdit(Editor):
         on_known: what to do with a fact that the model answers already: ``"warn"`` (edit it all the
             same), ``"skip"`` (leave it out) or ``"error"``.
         **options: see :class:`Editor`.
+
+    Attributes:
+        made_ahead: by text and target of a fact, what :meth:`optimise_targets` made. Another editor of the same
+            model, contexts and target settings may be given it.
     """
 
     Params = LocateParams
@@ -143,6 +147,7 @@ class LocateThenEdit(Editor):
         self._contexts = None if contexts is None else _checked_contexts(contexts)
         self._factors: dict[int, CovarianceFactor] = {}
         self.history = KeyHistory()
+        self.made_ahead: dict[tuple[str, str], Values] = {}
 
     # -- what a method chooses ----------------------------------------------------------------------
 
@@ -221,7 +226,7 @@ class LocateThenEdit(Editor):
         watch: Stopwatch,
     ) -> _Batch:
         with watch.stage("targets"):
-            values = self.targets(facts, rows)
+            values = self._targets(facts, rows)
             reasons = self._unusable(values)
         kept = [index for index in range(len(facts)) if index not in reasons]
         set_aside = [
@@ -248,6 +253,31 @@ class LocateThenEdit(Editor):
             micro_batch=self.micro_batch,
             show_progress=False if self.one_by_one else self.progress,
         )
+
+    def optimise_targets(self, facts: Iterable[Fact | Mapping[str, Any]]) -> None:
+        """Optimise the targets of facts that are to be edited later, all together, in batches that fill the machine.
+
+        Right for facts that will be edited on the weights as they are now; for NSE, whose targets do not depend on
+        earlier edits, at any time.
+        """
+        checked = [fact for fact in validate_facts(facts) if (fact.text, fact.target) not in self.made_ahead]
+        if not checked:
+            return
+        with frozen(self.model):
+            rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
+            values = self.targets(checked, rows)
+        for index, fact in enumerate(checked):
+            self.made_ahead[fact.text, fact.target] = values.select([index])
+
+    def _targets(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
+        """The facts' target values: those made ahead, the others are optimised."""
+        names = [(fact.text, fact.target) for fact in facts]
+        missing = [i for i, name in enumerate(names) if name not in self.made_ahead]
+        found = {i: self.made_ahead[name] for i, name in enumerate(names) if name in self.made_ahead}
+        if missing:
+            made = self.targets([facts[i] for i in missing], [rows[i] for i in missing])
+            found.update({i: made.select([position]) for position, i in enumerate(missing)})
+        return Values.join([found[i] for i in range(len(facts))])
 
     def write(
         self,

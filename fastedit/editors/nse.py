@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,14 @@ from torch import Tensor
 
 from ..artefacts import stack_of
 from ..artefacts.weights import uninterrupted
-from ..facts import Fact, validate_facts
+from ..facts import Fact
 from ..models.describe import Projection
-from ..models.runner import frozen
 from ..ops import CovarianceFactor, neuron_select_keys
 from .base import register_editor
 from .locate_then_edit import Factors, LayerMeasurement
 from .memit import MemitParams
 from .memit_cache import MemitCache
-from .prompts import FactRows, fact_rows
+from .prompts import FactRows
 from .stopwatch import Stopwatch
 from .sweep import PromptSweep, weighted_mean
 from .values import Values
@@ -64,8 +63,6 @@ class Nse(MemitCache):
     factor of λC, d × d, and with p < 1 also λC itself and λC + C_p, from which the systems of few neurons are cut.
 
     Attributes:
-        made_ahead: by text and target of a fact, what :meth:`optimise_targets` made. Another editor of the same
-            model, contexts and target settings may be given it.
         routes: by layer, the way its last restricted solve took (:meth:`fastedit.ops.CovarianceFactor.route`).
     """
 
@@ -75,40 +72,12 @@ class Nse(MemitCache):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._kept: dict[int, Tensor] | None = None
-        self.made_ahead: dict[tuple[str, str], Values] = {}
         self.routes: dict[int, str] = {}
 
     # -- targets on the original weights ------------------------------------------------------------
 
-    def optimise_targets(self, facts: Iterable[Fact | Mapping[str, Any]]) -> None:
-        """Optimise the targets of facts that are to be edited later, all together.
-
-        NSE's targets do not depend on earlier edits, so those of a whole run can be made ahead, in batches that
-        fill the machine.
-        """
-        checked = [fact for fact in validate_facts(facts) if (fact.text, fact.target) not in self.made_ahead]
-        if not checked:
-            return
-        with frozen(self.model):
-            rows = fact_rows(self.tokenizer, checked, self.contexts, self.description.context_length)
-            values = self._optimised(checked, rows)
-        for index, fact in enumerate(checked):
-            self.made_ahead[fact.text, fact.target] = values.select([index])
-
     def targets(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
-        """Those made ahead, and the others on the original weights."""
-        missing = [i for i, fact in enumerate(facts) if (fact.text, fact.target) not in self.made_ahead]
-        found = {
-            i: self.made_ahead[fact.text, fact.target]
-            for i, fact in enumerate(facts)
-            if i not in set(missing)
-        }
-        if missing:
-            made = self._optimised([facts[i] for i in missing], [rows[i] for i in missing])
-            found.update({i: made.select([position]) for position, i in enumerate(missing)})
-        return Values.join([found[i] for i in range(len(facts))])
-
-    def _optimised(self, facts: Sequence[Fact], rows: Sequence[FactRows]) -> Values:
+        """The facts' target values, optimised on the original weights, so they may be made ahead at any time."""
         self._keep_originals()
         with self._rewound():
             return super().targets(facts, rows)

@@ -13,8 +13,6 @@ other records' prompts. Records are split by subject into those trained on and t
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +26,10 @@ from torch import Tensor, nn
 
 from ..artefacts.safetensors_file import explained, write_tensors
 from ..data import Record
-from ..errors import FasteditError, NumericalError
+from ..errors import FasteditError
 from ..facts import Fact
-from ..io import atomic_directory, atomic_file, atomic_write_json
+from ..io import atomic_directory, atomic_write_json
+from ..memory.encoder import TextEncoder
 from ..memory.scope import (
     BASE,
     COUNTERFACTUAL,
@@ -41,17 +40,16 @@ from ..memory.scope import (
     TOKENIZER,
     VERSION,
     ScopeSettings,
-    TextEncoder,
     embeddings,
 )
 from ..memory.serac import require_same_vocabulary
 from ..models.describe import describe
 from ..models.fingerprint import fingerprint
 from ..models.tokens import encode_prompt, leading_specials, pad_batch, target_ids
-from ..progress import progress as bar_of
 from .memory_editor import depth_default
 from .params import from_mapping
 from .serac import edit_prefix, edit_text, pooled_by_base
+from .training_loop import Learner, Loop, name_of, require_room, split_by_subject
 
 logger = logging.getLogger(__name__)
 
@@ -167,32 +165,12 @@ def train(
         params if isinstance(params, SeracTrainingParams) else from_mapping(SeracTrainingParams, params or {})
     )
     out = Path(out)
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    if out.exists() and not checkpoint.exists():
-        raise FileExistsError(
-            f"{out} exists already and there is no {checkpoint.name} beside it: choose a new folder"
-        )
+    require_room(out)
     examples = examples_of(records)
-    trained, held = split(examples, settings.holdout, seed)
+    trained, held = split_by_subject(examples, settings.holdout, seed)
     learner = _Learner(model, tokenizer, settings, str(classifier), str(counterfactual), profile, examples)
     name = _name(learner, examples, seed)
-    loop = _Loop(learner, trained, held, seed, name)
-    if checkpoint.exists():
-        loop.load(checkpoint)
-    else:
-        loop.save(checkpoint)
-    with bar_of(total=settings.steps, desc="training", unit="step", show=progress) as bar:
-        bar.update(loop.step)
-        while loop.step < settings.steps and loop.step - loop.best_step < settings.patience:
-            loop.advance()
-            bar.update()
-            if loop.step % settings.validate_every == 0 or loop.step == settings.steps:
-                if loop.validate():
-                    learner.save(out, loop.report())
-                loop.save(checkpoint)
-                bar.set_postfix(loss=f"{loop.history[-1]['loss']:.3f}")
-    checkpoint.unlink(missing_ok=True)
-    return loop.report()
+    return Loop(learner, trained, held, seed, name).run(out, progress)
 
 
 def examples_of(records: Iterable[Record]) -> list[Example]:
@@ -208,23 +186,6 @@ def examples_of(records: Iterable[Record]) -> list[Example]:
     return found
 
 
-def split(examples: Sequence[Example], holdout: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to validate with; no subject is in both.
-
-    Raises:
-        ValueError: there are fewer than two subjects.
-    """
-    subjects = sorted({example.fact.subject for example in examples})
-    if len(subjects) < 2:
-        raise ValueError(f"training needs records of at least 2 subjects, got {len(subjects)}")
-    random.Random(seed).shuffle(subjects)
-    held = set(subjects[: min(max(1, round(holdout * len(subjects))), len(subjects) - 1)])
-    parts: tuple[list[Example], list[Example]] = ([], [])
-    for example in examples:
-        parts[example.fact.subject in held].append(example)
-    return parts
-
-
 def balanced_bce(positive: Tensor, negative: Tensor) -> Tensor:
     """Mean −log s⁺ + mean −log(1 − s⁻), from x = −log s of both kinds, fp32; a kind that is empty counts nothing."""
     total = positive.new_zeros(())
@@ -235,7 +196,7 @@ def balanced_bce(positive: Tensor, negative: Tensor) -> Tensor:
     return total
 
 
-class _Learner(nn.Module):
+class _Learner(Learner[Example]):
     """The two models in training: their parameters, their losses, and how they are written."""
 
     def __init__(
@@ -249,7 +210,9 @@ class _Learner(nn.Module):
         examples: Sequence[Example],
     ) -> None:
         super().__init__()
-        self.settings, self.profile, self.tokenizer = settings, profile, tokenizer
+        self.settings: SeracTrainingParams = settings
+        self.profile, self.tokenizer = profile, tokenizer
+        self.accumulate, self.clip = settings.accumulate, settings.clip
         self.leading = leading_specials(tokenizer)
         self.names = {"classifier": classifier, "counterfactual": counterfactual}
         self.base = {"fingerprint": fingerprint(model)}
@@ -440,91 +403,6 @@ class _Learner(nn.Module):
             atomic_write_json(temporary / SETTINGS, content)
 
 
-class _Loop:
-    """Steps, validations and checkpoints. What a step draws depends on its number only, so it can be resumed."""
-
-    def __init__(
-        self, learner: _Learner, trained: list[Example], held: list[Example], seed: int, name: str
-    ) -> None:
-        self.learner, self.trained, self.held, self.seed, self.name = learner, trained, held, seed, name
-        self.optimiser = torch.optim.Adam(learner.groups())
-        self.step = self.best_step = 0
-        self.history: list[dict[str, Any]] = []
-
-    def advance(self) -> None:
-        """One step of Adam."""
-        settings = self.learner.settings
-        self.optimiser.zero_grad()
-        for part in range(settings.accumulate):
-            rng = random.Random(f"{self.seed} {self.step} {part}")
-            batch = rng.sample(self.trained, min(settings.batch, len(self.trained)))
-            with torch.enable_grad():
-                loss, _ = self.learner.losses(batch, rng)
-                (loss / settings.accumulate).backward()
-            if not bool(loss.isfinite()):
-                raise NumericalError(
-                    f"the loss stopped being finite at step {self.step}: lower lr and head_lr"
-                )
-        groups = [p for group in self.optimiser.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(groups, settings.clip)
-        self.optimiser.step()
-        self.step += 1
-
-    @torch.no_grad()
-    def validate(self) -> bool:
-        """Score the examples that are held out; returns whether they were never better."""
-        rng = random.Random(f"{self.seed} validation")
-        size = self.learner.settings.batch
-        batches = [self.held[i : i + size] for i in range(0, len(self.held), size)]
-        rows = [(len(batch), self.learner.losses(batch, rng)[1]) for batch in batches]
-        n = len(self.held)
-        row = {key: sum(count * parts[key] for count, parts in rows) / n for key in rows[0][1]}
-        better = all(row["loss"] < past["loss"] for past in self.history)
-        self.history.append({"step": self.step, **row})
-        if better:
-            self.best_step = self.step
-        return better
-
-    def report(self) -> dict[str, Any]:
-        """See :func:`train`."""
-        best = next((row for row in self.history if row["step"] == self.best_step), {})
-        return {
-            "steps": self.step,
-            "best_step": self.best_step,
-            "examples": {"trained": len(self.trained), "held": len(self.held)},
-            "validation": {key: value for key, value in best.items() if key != "step"},
-            "history": list(self.history),
-        }
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
-        state = {
-            "name": self.name,
-            "step": self.step,
-            "best_step": self.best_step,
-            "history": self.history,
-            "learner": self.learner.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        with explained(path), atomic_file(path) as temporary:
-            torch.save(state, temporary)
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: it is of a training with other arguments.
-        """
-        state = torch.load(path, map_location=self.learner.device, weights_only=True)
-        if state["name"] != self.name:
-            raise ValueError(
-                f"{path} is of a training with another model, data or settings: give those, or remove it"
-            )
-        self.step, self.best_step, self.history = state["step"], state["best_step"], list(state["history"])
-        self.learner.load_state_dict(state["learner"])
-        self.optimiser.load_state_dict(state["optimiser"])
-
-
 def _name(learner: _Learner, examples: Sequence[Example], seed: int) -> str:
     """A digest of everything that a training depends on, but the number of steps."""
     settings = {
@@ -538,4 +416,4 @@ def _name(learner: _Learner, examples: Sequence[Example], seed: int) -> str:
         seed,
         [[example.fact.as_dict(), example.inside, example.outside] for example in examples],
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return name_of(content)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .base import Decision, Memory, Routes
     from .directory import load_model, save_model
     from .edit import Base, MemoryEdit
+    from .fact_store import Entry, FactStore
     from .routing import forget_routes, last_token, prompts
     from .side_module import SideModule, attach, clear_memories, detach, find_side, route_info, sides_of
 
@@ -22,6 +23,7 @@ _LAZY = {
     **dict.fromkeys(("Decision", "Memory", "Routes"), ".base"),
     **dict.fromkeys(("load_model", "save_model"), ".directory"),
     **dict.fromkeys(("Base", "MemoryEdit"), ".edit"),
+    **dict.fromkeys(("Entry", "FactStore"), ".fact_store"),
     **dict.fromkeys(("forget_routes", "last_token", "prompts"), ".routing"),
     **dict.fromkeys(
         ("SideModule", "attach", "clear_memories", "detach", "find_side", "route_info", "sides_of"),
@@ -32,6 +34,8 @@ _LAZY = {
 __all__ = [
     "Base",
     "Decision",
+    "Entry",
+    "FactStore",
     "Memory",
     "MemoryEdit",
     "Routes",

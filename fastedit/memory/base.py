@@ -15,10 +15,12 @@ from ..errors import FasteditError
 if TYPE_CHECKING:
     from ..models.describe import Projection
     from .edit import MemoryEdit
+    from .side_module import SideModule
 
 RouteScope = Literal["prefill", "per_call"]
 RouteTokens = Literal["prompt", "all"]
 Place = Literal["projection", "mlp"]
+Reads = Literal["states", "ids"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Routes:
         payload: see :class:`Decision`.
         score: see :class:`Decision`.
         version: of the memory when the routes were decided.
+        width: columns at the head of the KV cache that were put there by the memory.
     """
 
     index: Tensor
@@ -53,6 +56,7 @@ class Routes:
     payload: Tensor | None
     score: Tensor | None
     version: int
+    width: int = 0
 
     @classmethod
     def of(cls, decision: Decision, version: int) -> Routes:
@@ -97,6 +101,8 @@ class Memory(ABC):
     """Whether a sample's route is decided once, at prefill, or anew in every call."""
     route_tokens: RouteTokens = "prompt"
     """Whether the route may look at the prompt's tokens only, or at all real tokens of the call."""
+    reads: Reads = "states"
+    """Whether a route is decided by what the place is given, or by the token ids of the call."""
     settings: tuple[str, ...] = ()
     """Names of the hyper-parameters that decide how the memory behaves; all edits in it must agree on them."""
     whole_state = False
@@ -125,6 +131,22 @@ class Memory(ABC):
     def attached_to(self, model: nn.Module, projection: Projection, layer: int) -> None:  # noqa: B027
         """Called before anything is added: where it stands. Most memories need not know."""
 
+    def attach_to(self, model: nn.Module) -> SideModule:
+        """Stand beside a whole model; only memories that can say how.
+
+        Raises:
+            TypeError: this one stands at a block.
+        """
+        raise TypeError(f"a {self.method} memory stands at a block, not beside the whole model")
+
+    def detached(self) -> None:  # noqa: B027
+        """Called when it is taken off a model. Most memories need not know."""
+
+    @property
+    def outlives_edits(self) -> bool:
+        """Whether it holds more than its edits on this model, so that taking the last one off leaves it there."""
+        return False
+
     @property
     def upper_layers(self) -> tuple[int, ...]:
         """Blocks above its own at whose output projections it answers too, by the routes decided at its own."""
@@ -142,7 +164,7 @@ class Memory(ABC):
         """Decide for every sample whether the memory answers. Runs without gradients, on the inputs' device.
 
         Args:
-            inputs: (B, T, d_in), what the projection is given.
+            inputs: (B, T, d_in), what the projection is given; for a memory that :attr:`reads` ids those, (B, T).
             outputs: (B, T, d_out), what it returned.
             tokens: (B, T) bool, the tokens to decide by: the prompt's, or all real ones (:attr:`route_tokens`).
                 A row may hold none; its route must then be −1.

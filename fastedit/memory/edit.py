@@ -262,7 +262,7 @@ class MemoryEdit(Applied):
         side = find_side(model, self.layer, self.method)
         if side is None or all(edit.id != self.id for edit in side.edits):
             raise FasteditError(f"{self!r} is not on this model: nothing to revert")
-        if len(side.edits) == 1:
+        if len(side.edits) == 1 and not side.memory.outlives_edits:
             removed = side.edits[0]
             detach(model, side)
         else:

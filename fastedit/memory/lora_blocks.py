@@ -34,16 +34,33 @@ class LoraBlocks:
         """Bytes held, room to grow included."""
         return sum(t.nbytes for t in (*self._a.values(), *self._b.values()))
 
+    @property
+    def token_flops(self) -> int:
+        """Multiplications and additions for each token, at all projections."""
+        a = sum(2 * t.shape[1] * t.shape[2] for t in self._a.values())
+        return a + sum(2 * t.shape[1] * t.shape[2] for t in self._b.values())
+
     def append(self, factors: Factors) -> None:
-        """Add a block."""
+        """Add a block. Blocks of smaller rank are filled up with zeros."""
         for layer, (a, b) in factors.items():
+            rank = max(a.shape[1], self._a[layer].shape[2] if layer in self._a else 0)
             for held, new in ((self._a, a), (self._b, b)):
-                rows = held.get(layer, new.new_empty(0, *new.shape, dtype=torch.float32))
-                if self.n == len(rows):
-                    rows = torch.cat((rows, rows.new_empty(max(_FIRST_ROOM, self.n), *new.shape)))
-                rows[self.n] = new.to(rows)
-                held[layer] = rows
+                shape = (new.shape[0], rank) if held is self._a else (rank, new.shape[1])
+                rows = held[layer] = self._with_room(held.get(layer), new, shape)
+                rows[self.n] = 0
+                rows[self.n, : new.shape[0], : new.shape[1]] = new.to(rows)
         self.n += 1
+
+    def _with_room(self, rows: Tensor | None, new: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The array with room for one more block of this shape."""
+        if rows is not None and self.n < len(rows) and rows.shape[1:] == shape:
+            return rows
+        room = max(_FIRST_ROOM, 2 * self.n)
+        device = new.device if rows is None else rows.device
+        wider = torch.zeros(room, *shape, device=device)
+        if rows is not None:
+            wider[: self.n, : rows.shape[1], : rows.shape[2]] = rows[: self.n]
+        return wider
 
     def truncate(self, n: int) -> None:
         """Keep the first n blocks."""

@@ -78,6 +78,17 @@ class Call:
             )
         return routes
 
+    def ids(self, method: str) -> Tensor:
+        """(B, T) the token ids of this call.
+
+        Raises:
+            UnsupportedModel: it was given embeddings.
+        """
+        ids: Tensor | None = self.noted.get("ids")
+        if ids is None:
+            raise UnsupportedModel(f"{method} reads prompts, so it needs input_ids, got inputs_embeds")
+        return ids
+
     def tokens(self, which: RouteTokens, device: torch.device) -> Tensor:
         """(B, T) bool: the real tokens of this call, or those of the prompt among them."""
         real = real_tokens(self._mask, self.size, self.past, device)
@@ -142,6 +153,7 @@ class Router:
             self.last = {}
         size = (tokens.shape[0], tokens.shape[1])
         call = Call(size, mask, past, self.lengths, known, decided)
+        call.noted["ids"] = given.get("input_ids")
         self._calls[threading.get_ident()] = call
         for side in self.sides:
             call.routes(side.key, side.memory)  # raises before any block runs
@@ -190,6 +202,19 @@ def router_at(module: nn.Module) -> Router | None:
     return None
 
 
+@contextlib.contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Inside, the parts of a model that this thread calls by ``forward`` see no memory, even in a call of its own."""
+    thread = threading.get_ident()
+    calls = [(router._calls, router._calls.pop(thread, None)) for router in routers_of(model)]
+    try:
+        yield
+    finally:
+        for held, call in calls:
+            if call is not None:
+                held[thread] = call
+
+
 def unhook(model: nn.Module, owner: object) -> None:
     """Take the hooks that are methods of ``owner`` off all modules of a model."""
     for module in unwrap(model).modules():
@@ -234,7 +259,23 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
 
 
 class _Routed:
-    """Mixed into the class of a cache object: its routes follow its rows."""
+    """Mixed into the class of a cache object: its routes follow its rows, and it may hide columns at its head."""
+
+    _fastedit_hidden = 0
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        length = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        return length - self._fastedit_hidden if self._fastedit_hidden else length
+
+    def crop(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, self._fastedit_hidden = self._fastedit_hidden, 0
+        (length,) = (*args, *kwargs.values())  # newer releases of transformers take tokens to remove, below 0
+        if length >= 0 and "max_length" in inspect.signature(super().crop).parameters:  # type: ignore[misc]
+            length += hidden
+        try:
+            return super().crop(length)  # type: ignore[misc]
+        finally:
+            self._fastedit_hidden = hidden
 
     def reorder_cache(self, beam_idx: Tensor) -> Any:
         self._each_route("select", beam_idx)
@@ -250,6 +291,7 @@ class _Routed:
 
     def reset(self) -> Any:
         getattr(self, _ROUTES).clear()
+        self._fastedit_hidden = 0
         return super().reset()  # type: ignore[misc]
 
     def _each_route(self, change: str, argument: Any) -> None:
@@ -285,10 +327,16 @@ def _put_on_cache(call: Call, cache: Any) -> None:
         routes.update({key: kept for key, kept in call.decided.items() if key not in routes})
 
 
+def hide_columns(cache: Any, n: int) -> None:
+    """Let a cache object that carries routes give its length, and crop, without its first ``n`` columns."""
+    cache._fastedit_hidden = n
+
+
 def forget_routes(cache: Any) -> None:
-    """Let the next call with this cache decide anew, by its own tokens."""
-    if getattr(cache, _ROUTES, None) is not None:
-        getattr(cache, _ROUTES).clear()
+    """Let the next call with this cache decide anew, by its own tokens; what was put in front stays there."""
+    routes: dict[Key, Routes] = getattr(cache, _ROUTES, None) or {}
+    for key in [key for key, kept in routes.items() if not kept.width]:
+        del routes[key]
 
 
 # ------------------------------------------------------------------ masks

@@ -8,24 +8,21 @@ linear map after the pooling, if it has one), ``encoder/`` and ``tokenizer/`` (t
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artefacts.safetensors_file import read_tensors
-from ..errors import CorruptFile, FasteditError, InvalidFact
+from ..errors import CorruptFile
 from ..io import read_json
 from ..models.fingerprint import fingerprint, weight_digest
-from .routing import last_token
-
-logger = logging.getLogger(__name__)
+from .encoder import TextEncoder
 
 BASE = "base"
 FORMAT, VERSION = "fastedit-serac", 1
@@ -40,7 +37,6 @@ _CHOICES = {
     "pooling": ("cls", "mean", "last"),
     "similarity": ("distance", "cosine"),
 }
-_TOGETHER = 64  # texts encoded in one pass
 
 
 @dataclass(frozen=True)
@@ -73,90 +69,6 @@ class ScopeSettings:
             raise ValueError(
                 f"the threshold of a {self.similarity} must be between {low:g} and 1, got {self.threshold}"
             )
-
-
-class TextEncoder:
-    """An encoder with its tokenizer, frozen.
-
-    Args:
-        module: a transformers encoder; called with what its tokenizer gives it returns ``last_hidden_state``.
-        tokenizer: its own tokenizer.
-    """
-
-    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
-        self.module, self.tokenizer = module.eval().requires_grad_(False), tokenizer
-        self.tokenizer.truncation_side = "left"  # the end of a prompt is what asks
-        self._warned = False
-
-    @classmethod
-    def load(cls, folder: str | Path) -> TextEncoder:
-        """Read an encoder from a folder or a name on the hub.
-
-        Raises:
-            FasteditError: it cannot be loaded; says why.
-        """
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            return cls(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError, ImportError) as error:
-            raise FasteditError(f"cannot load the scope classifier {folder}: {error}") from error
-
-    @property
-    def limit(self) -> int:
-        """Number of tokens that it takes."""
-        most = getattr(self.module.config, "max_position_embeddings", None)
-        sizes = [self.tokenizer.model_max_length, *([most] if isinstance(most, int) and most > 0 else [])]
-        return int(min(sizes))
-
-    def check(self, texts: Sequence[str]) -> None:
-        """Make sure that texts are no longer than the encoder takes.
-
-        Raises:
-            InvalidFact: one is; names it.
-        """
-        for text, ids in zip(texts, self._ids(texts), strict=True):
-            if len(ids) > self.limit:
-                raise InvalidFact(
-                    f"{text!r} takes {len(ids)} tokens, the scope classifier's encoder holds {self.limit}"
-                )
-
-    def pooled(self, texts: Sequence[str], pooling: str) -> Tensor:
-        """(n, d) pooled states of texts, in the encoder's dtype. Of a text that is too long, the end counts.
-
-        Differentiable if the encoder's parameters are.
-        """
-        if not self._warned and any(len(ids) > self.limit for ids in self._ids(texts)):
-            logger.warning("a prompt is longer than the encoder's %d tokens: its end decides", self.limit)
-            self._warned = True
-        device = next(self.module.parameters()).device
-        parts = []
-        for start in range(0, len(texts), _TOGETHER):
-            batch = self.tokenizer(
-                list(texts[start : start + _TOGETHER]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self.limit,
-            ).to(device)
-            states = self.module(**batch).last_hidden_state
-            parts.append(pool(states, batch["attention_mask"].bool(), pooling))
-        return torch.cat(parts)
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), verbose=False)["input_ids"]
-
-
-def pool(states: Tensor, tokens: Tensor, pooling: str) -> Tensor:
-    """(B, d) of states (B, T, d) at tokens (B, T) bool; see :class:`ScopeSettings`.
-
-    ``"cls"`` is the first marked token.
-    """
-    if pooling == "mean":
-        weights = tokens.to(states) / tokens.sum(1, keepdim=True).clamp(min=1).to(states)
-        return (states * weights[..., None]).sum(1)
-    column = tokens.int().argmax(1) if pooling == "cls" else last_token(tokens)
-    return states[torch.arange(len(states), device=states.device), column]
 
 
 class Scope:

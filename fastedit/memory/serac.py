@@ -34,8 +34,9 @@ from ..models.tokens import pad_batch
 from ..ops.key_index import KeyIndex
 from .base import Decision, Memory, Routes
 from .edit import MemoryEdit
+from .encoder import pool
 from .routing import Call, Key, Router, _put_on_cache, prompts, router_at, routers_of
-from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, pool, trained_settings
+from .scope import BASE, COUNTERFACTUAL, TOKENIZER, Scope, load_scope, trained_settings
 from .side_module import SideModule, find_side
 
 _SCOPE_NAMES = ("pooling", "similarity", "scale", "threshold", "normalise")
@@ -85,23 +86,20 @@ def load_parts(params: Mapping[str, Any], model: nn.Module, tokenizer: Any = Non
 
 
 def _base_tokenizer(params: Mapping[str, Any], model: nn.Module) -> Any:
-    from ..models.loading import load_tokenizer
+    from ..models.loading import first_tokenizer
 
     places = [
         str(Path(params["classifier"]) / TOKENIZER),
         params["tokenizer"],
         getattr(unwrap(model), "name_or_path", ""),
     ]
-    for place in places:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
-    raise FasteditError(
-        "the scope classifier reads text, so it needs the base model's tokenizer, which is in none of "
-        f"{', '.join(place for place in places if place)}: name its folder, edit.params['tokenizer'] = ..."
-    )
+    tokenizer = first_tokenizer(places)
+    if tokenizer is None:
+        raise FasteditError(
+            "the scope classifier reads text, so it needs the base model's tokenizer, which is in none of "
+            f"{', '.join(place for place in places if place)}: name its folder, edit.params['tokenizer'] = ..."
+        )
+    return tokenizer
 
 
 def _load_counterfactual(name: str, model: nn.Module, tokenizer: Any) -> tuple[nn.Module | None, str]:
@@ -270,6 +268,10 @@ class SeracMemory(Memory):
             mixed = (1 - s) * outputs[rows].float().softmax(-1) + s * inputs.float().softmax(-1)
             inputs = (mixed + torch.finfo(torch.float32).eps).log()
         return outputs.index_copy(0, rows, inputs.to(outputs.dtype))
+
+    def attach_to(self, model: nn.Module) -> SideModule:
+        """Stand beside a model."""
+        return attach_to_model(model, self)
 
     def with_prefixes(self, index: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the counterfactual model reads: the edits (n,) in front of the prompts (n, T), ids and mask.
@@ -578,15 +580,13 @@ def _rows(cache: Any, rows: Tensor) -> Any:
     return cache
 
 
-def attach_to_model(model: nn.Module, memory: Memory) -> SeracSide:
+def attach_to_model(model: nn.Module, memory: SeracMemory) -> SeracSide:
     """Put SERAC's memory beside a model; loads its two models if it does not have them.
 
     Raises:
         FasteditError: there is one already, or its models cannot be loaded.
     """
     model = unwrap(model)
-    if not isinstance(memory, SeracMemory):
-        raise TypeError(f"expected a SeracMemory, got {type(memory).__name__}")
     if find_side(model, None, memory.method) is not None:
         raise FasteditError(f"the model has a {memory.method} memory already")
     if memory.parts is None:

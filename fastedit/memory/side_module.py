@@ -55,7 +55,8 @@ class SideModule:
         tokens = None
         if routes is None:
             tokens = call.tokens(self.memory.route_tokens, outputs.device)
-            routes = self._decide(inputs, outputs, tokens)
+            read = inputs if self.memory.reads == "states" else call.ids(self.memory.method)
+            routes = self._decide(read, outputs, tokens)
             self.router.note(self.key, routes, call)
         if not routes.used:
             return None
@@ -181,11 +182,10 @@ def attach(model: nn.Module, layer: int | None, memory: Memory) -> SideModule:
         IndexError: no such block.
         FasteditError: a memory of this method is there already.
         ValueError: the memory is for a projection of another shape.
+        TypeError: the memory stands at a block, not beside the whole model.
     """
     if layer is None:
-        from .serac import attach_to_model
-
-        return attach_to_model(model, memory)
+        return memory.attach_to(model)
     projection = describe(model).projection(layer)
     if find_side(model, layer, memory.method) is not None:
         raise FasteditError(f"{projection.name} has a {memory.method} memory already")
@@ -210,6 +210,7 @@ def detach(model: nn.Module, side: SideModule) -> None:
     for site in side.sites:
         unhook(model, site)
     side.router.sides.remove(side)
+    side.memory.detached()
     if not side.router.sides:
         unhook(model, side.router)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
 
         attach_saved(model, name)
     return model.eval(), tokenizer
+
+
+def first_tokenizer(places: Iterable[str | None]) -> Any:
+    """The tokenizer in the first of some folders that holds one; None if none does. Empty names are left out."""
+    for place in places:
+        if place and Path(place).is_dir():
+            try:
+                return load_tokenizer(place)
+            except (OSError, ValueError):
+                continue
+    return None
 
 
 def load_tokenizer(name: str) -> Any:

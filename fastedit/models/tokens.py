@@ -95,7 +95,7 @@ def official_subject_last_index(tokenizer: Any, text: str, subject_end: int) -> 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text to be continued: leading special tokens as the tokenizer adds them, no trailing ones."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     return ids[: len(ids) - len(_specials(tokenizer)[1])]
 
 

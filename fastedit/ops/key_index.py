@@ -195,6 +195,18 @@ class KeyIndex:
         self._alive[ids] = False
         self._n_removed += len(ids)
 
+    def restore(self, ids: Tensor) -> None:
+        """Take removed keys back, under their ids.
+
+        Raises:
+            ValueError: an id that was never given out, or is not removed.
+        """
+        ids = self._known(ids, alive=False).unique()
+        if bool(self._alive[ids].any()):
+            raise ValueError(f"id {int(ids[self._alive[ids]][0])} was not removed")
+        self._alive[ids] = True
+        self._n_removed -= len(ids)
+
     def update(self, ids: Tensor, keys: Tensor | None = None, radius: Tensor | float | None = None) -> None:
         """Replace keys, radii or both of these ids.
 

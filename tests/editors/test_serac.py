@@ -17,10 +17,12 @@ import fastedit
 from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact
 from fastedit.data import records_from
 from fastedit.editors.serac import SeracParams, pooled_by_base
-from fastedit.editors.serac_training import balanced_bce, examples_of, split, train
+from fastedit.editors.serac_training import balanced_bce, examples_of, train
+from fastedit.editors.training_loop import split_by_subject
 from fastedit.evaluation.scoring import Pair, Scorer
 from fastedit.memory import prompts, route_info, sides_of
-from fastedit.memory.scope import ScopeSettings, TextEncoder, embeddings, pool
+from fastedit.memory.encoder import TextEncoder, pool
+from fastedit.memory.scope import ScopeSettings, embeddings
 from fastedit.memory.serac import generate as one_model_each
 from fastedit.models import encode_prompt, target_ids
 
@@ -374,7 +376,7 @@ def test_another_classifier_is_refused(encoder: Path, small: Path, tmp_path: Pat
         edit.apply(other)
     assert sides_of(other) == []
     edit.params["classifier"] = str(tmp_path / "gone")
-    with pytest.raises(FasteditError, match="cannot load the scope classifier"):
+    with pytest.raises(FasteditError, match="cannot load the text encoder"):
         edit.apply(other)
 
 
@@ -493,11 +495,11 @@ def test_subjects_are_not_shared() -> None:
     examples = examples_of(records_from(ROWS + ROWS))
     assert examples[0].inside == [ROWS[0]["prompt"], "Parisland is governed from"]
     assert examples[0].outside == ["Paris plays the"]
-    trained, held = split(examples, 0.25, 0)
+    trained, held = split_by_subject(examples, 0.25, 0)
     assert (len(trained), len(held)) == (12, 4)
     assert not {e.fact.subject for e in trained} & {e.fact.subject for e in held}
     with pytest.raises(ValueError, match="at least 2 subjects"):
-        split(examples[:1], 0.1, 0)
+        split_by_subject(examples[:1], 0.1, 0)
 
 
 @pytest.mark.parametrize("which", ["base", "encoder"])
@@ -535,7 +537,7 @@ def test_training_and_what_it_makes(which: str, encoder: Path, tmp_path: Path) -
 
 
 def test_an_interrupted_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastedit.editors import serac_training
+    from fastedit.editors import training_loop
 
     def run(out: Path, **changes: Any) -> dict[str, Any]:
         return train(
@@ -548,17 +550,17 @@ def test_an_interrupted_training_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
     whole = run(tmp_path / "whole")
-    step = serac_training._Loop.advance
+    step = training_loop.Loop.advance
 
     def stops(loop: Any) -> None:
         if loop.step == 5:
             raise KeyboardInterrupt
         step(loop)
 
-    monkeypatch.setattr(serac_training._Loop, "advance", stops)
+    monkeypatch.setattr(training_loop.Loop, "advance", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
-    monkeypatch.setattr(serac_training._Loop, "advance", step)
+    monkeypatch.setattr(training_loop.Loop, "advance", step)
     with pytest.raises(ValueError, match="another model, data or settings"):
         run(tmp_path / "cut", head_lr=1.0)
     again = run(tmp_path / "cut")

@@ -10,76 +10,12 @@ from helpers import relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fastedit
 from fastedit.ops import CovarianceAccumulator, backend, covariance_, covariance_reference
+from fastedit.testing.covariance import expected, symmetric, tokens
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 # (dtype of x, dtype of cov): relative error to float64
-TOLERANCE = {
-    (BF16, FP32): 1e-5,
-    (FP16, FP32): 1e-5,
-    (FP32, FP32): 2e-6,
-    (FP64, FP32): 2e-6,
-    (BF16, FP64): 1e-5,
-    (FP16, FP64): 1e-5,
-    (FP32, FP64): 2e-6,
-    (FP64, FP64): 1e-12,
-}
-SHAPES = [  # (tokens, d)
-    pytest.param(1, 1, id="one"),
-    pytest.param(5, 17, id="primes"),
-    pytest.param(33, 31, id="below_tile"),
-    pytest.param(31, 33, id="above_tile"),
-    pytest.param(70, 64, id="whole_tiles"),
-]
-
-
-def tolerance(served_by, x_dtype, cov_dtype):
-    tf32 = served_by in ("triton", "cuda") and x_dtype == FP32  # three TF32 products for one of float32
-    return 1e-5 if tf32 else TOLERANCE[x_dtype, cov_dtype]
-
-
-def skip_unsupported(served_by, cov, x):
-    try:
-        backend.choose("covariance_", cov, x)
-    except fastedit.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-
-
-def tokens(n_tokens, d, dtype, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_tokens, d, generator=generator).add_(0.3).to(dtype).to(device)
-
-
-def symmetric(d, dtype, device="cpu"):
-    start = tokens(d, d, FP32, seed=1)
-    return (start + start.T).to(dtype).to(device)
-
-
-def expected(cov, x, mask=None):
-    out = cov.cpu().double().clone()
-    covariance_reference(out, x.cpu().double(), None if mask is None else mask.cpu())
-    return out
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize(("n_tokens", "d"), SHAPES)
-@pytest.mark.parametrize(
-    ("x_dtype", "cov_dtype"), list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch.")
-)
-def test_matches_float64(served_by, device, x_dtype, cov_dtype, n_tokens, d, masked):
-    x, cov = tokens(n_tokens, d, x_dtype, device), symmetric(d, cov_dtype, device)
-    skip_unsupported(served_by, cov, x)
-    mask = None
-    if masked:
-        mask = torch.arange(n_tokens, device=device) % 3 != 1
-        x[~mask] = float("nan")
-    reference = expected(cov, x, mask)
-    covariance_(cov, x, mask)
-    assert backend.served("covariance_") == served_by
-    assert relative_error(cov.cpu(), reference) < tolerance(served_by, x_dtype, cov_dtype)
-    assert torch.equal(cov, cov.T)
 
 
 def test_error_is_at_most_twice_that_of_torch(served_by, device):
@@ -100,37 +36,6 @@ def test_second_run_gives_the_same_bits(served_by, device):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])
-def test_views_of_x_and_mask(served_by, device, dtype):
-    d = 20
-    store = tokens(40, 2 * d + 3, dtype, device)
-    flags = torch.arange(80, device=device).reshape(40, 2) % 3 != 0
-    views = {
-        "offset columns": (store[:, 3 : 3 + d], flags[:, 0]),
-        "every second row": (store[::2, :d], flags[::2, 1]),
-        "transposed": (store[:d, : 2 * d].T, None),
-        "every second column": (store[:, : 2 * d : 2], flags[:, 1]),
-        "batch without its first token": (store[:, :d].view(4, 10, d)[:, 1:], flags[:, 0].view(4, 10)[:, 1:]),
-        "one token": (store[0, :d], torch.tensor(True, device=device)),
-    }
-    for name, (x, mask) in views.items():
-        cov = torch.zeros(d, d, device=device)
-        covariance_(cov, x, mask)
-        reference = expected(torch.zeros(d, d), x, mask)
-        assert relative_error(cov.cpu(), reference) < 1e-5, name
-
-
-def test_cov_inside_a_larger_tensor_keeps_its_surroundings(served_by, device):
-    d = 19
-    store = torch.full((d + 4, d + 6), float("nan"), device=device)
-    cov = store[2 : 2 + d, 3 : 3 + d]
-    cov.zero_()
-    x = tokens(23, d, BF16, device)
-    covariance_(cov, x)
-    assert relative_error(cov.cpu(), expected(torch.zeros(d, d), x)) < 1e-5
-    assert store.isnan().sum() == store.numel() - d * d
-
-
 def test_the_strict_upper_triangle_of_cov_is_written_from_the_lower(served_by, device):
     d = 37
     cov = torch.zeros(d, d, device=device)
@@ -140,36 +45,6 @@ def test_the_strict_upper_triangle_of_cov_is_written_from_the_lower(served_by, d
     covariance_(cov, x)
     assert not cov.isnan().any()
     assert relative_error(cov.cpu(), expected(torch.zeros(d, d), x)) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("shape", "mask"),
-    [
-        pytest.param((0, 7), None, id="no_tokens"),
-        pytest.param((2, 0, 7), None, id="empty_batch"),
-        pytest.param((5, 7), [False] * 5, id="all_masked"),
-        pytest.param((3, 0), None, id="no_columns"),
-    ],
-)
-def test_nothing_to_add_changes_no_bit(served_by, device, shape, mask):
-    d = shape[-1]
-    cov = symmetric(d, FP32, device)
-    before = cov.clone()
-    x = torch.full(shape, float("nan"), dtype=BF16, device=device)
-    covariance_(cov, x, None if mask is None else torch.tensor(mask, device=device))
-    assert torch.equal(cov, before)
-
-
-def test_lists_of_layers(served_by, device):
-    sizes = [5, 8, 5]
-    covs = [torch.zeros(d, d, device=device) for d in sizes]
-    xs = [tokens(11, d, BF16, device, seed=d) for d in sizes]
-    mask = torch.arange(11, device=device) != 4
-    covariance_(covs, xs, mask)
-    covariance_(covs, xs, [None, mask, None])
-    for i, (cov, x) in enumerate(zip(covs, xs, strict=True)):
-        reference = expected(expected(torch.zeros_like(cov), x, mask), x, mask if i == 1 else None)
-        assert relative_error(cov.cpu(), reference) < 1e-5
 
 
 def test_layers_of_several_dtypes_views_and_empty_ones(served_by, device):

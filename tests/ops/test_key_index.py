@@ -231,6 +231,23 @@ def test_faiss_names_candidates_and_fastedit_decides(factory):
     assert FaissIndex(d, factory).nearest(queries)[0].tolist() == [-1] * 5
 
 
+@pytest.mark.parametrize("kind", [KeyIndex, FaissIndex])
+def test_removed_keys_can_be_restored(kind):
+    if kind is FaissIndex:
+        pytest.importorskip("faiss", reason='faiss is not installed (pip install "fastedit-llm[faiss]")')
+    index = kind(4)
+    index.add(torch.eye(4))
+    index.remove(torch.tensor([1, 3]))
+    assert index.max_inner_product(torch.eye(4), torch.zeros(4))[0][:, 0].tolist() == [0, -1, 2, -1]
+    index.restore(torch.tensor([3]))
+    assert index.max_inner_product(torch.eye(4), torch.zeros(4))[0][:, 0].tolist() == [0, -1, 2, 3]
+    assert len(index) == 3
+    for ids, match in (([1, 3], "id 3 was not removed"), ([4], "from 0 to 3")):
+        with pytest.raises(ValueError, match=match):
+            index.restore(torch.tensor(ids))
+    assert len(index) == 3
+
+
 def test_absent_faiss_is_named(monkeypatch):
     import sys
 

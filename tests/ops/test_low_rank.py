@@ -10,70 +10,10 @@ from hypothesis import strategies as st
 
 from fastedit.ops import backend, low_rank_update_, low_rank_update_reference
 from fastedit.ops.philox import philox, round_stochastically, runs_of_words, words
+from fastedit.testing.case import normal as random
+from fastedit.testing.low_rank import DTYPES, exact, problem
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = [BF16, FP16, FP32]
-UNIT = {BF16: 2.0**-8, FP16: 2.0**-11}  # half a unit in the last place, relative to the power of two below
-SHAPES = [  # (d_out, d_in, rank)
-    pytest.param(1, 1, 1, id="one"),
-    pytest.param(17, 5, 3, id="primes"),
-    pytest.param(31, 33, 1, id="around_tile"),
-    pytest.param(40, 36, 17, id="aligned"),
-    pytest.param(64, 32, 16, id="whole_tiles"),
-]
-
-
-def random(*shape, dtype=FP32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).to(device)
-
-
-def problem(d_out, d_in, rank, dtype, device="cpu", transposed=False):
-    weight = random(d_in, d_out, seed=1) if transposed else random(d_out, d_in, seed=1)
-    return (
-        weight.to(dtype).to(device),
-        random(d_out, rank, device=device, seed=2),
-        random(d_in, rank, device=device, seed=3),
-    )
-
-
-def exact(weight, left, right, alpha=1.0, transposed=False):
-    delta = alpha * (left.cpu().double() @ right.cpu().double().T)
-    return weight.cpu().double() + (delta.T if transposed else delta), delta
-
-
-def assert_rounded(out, target, magnitude, dtype, slack):
-    """Within half a unit in the last place of the exact target, plus the error of a float32-grade product."""
-    error = (out.cpu().double() - target).abs()
-    if dtype == FP32:
-        assert error.max() <= slack * magnitude.max()
-        return
-    step = torch.exp2(torch.floor(torch.log2(target.abs().clamp(min=2.0**-14)))) * UNIT[dtype]
-    assert (error <= step * (1 + 1e-9) + slack * magnitude).all()
-
-
-def slack_of(served_by, dtype):
-    if served_by == "torch" or served_by == "cpp":
-        return 1e-6
-    return 2.0**-14 if dtype == BF16 else 1e-5  # two bfloat16 halves; TF32x3
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
-@pytest.mark.parametrize(("d_out", "d_in", "rank"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_is_rounded_once(served_by, device, dtype, d_out, d_in, rank, transposed):
-    weight, left, right = problem(d_out, d_in, rank, dtype, device, transposed)
-    target, delta = exact(weight, left, right, 0.7, transposed)
-    magnitude = weight.cpu().double().abs() + (
-        0.7 * (left.cpu().abs().double() @ right.cpu().abs().double().T).T
-        if transposed
-        else 0.7 * (left.cpu().abs().double() @ right.cpu().abs().double().T)
-    )
-    norm = torch.full((), float("nan"), dtype=FP64, device=device)
-    low_rank_update_(weight, left, right, 0.7, transposed=transposed, out_norm=norm)
-    assert backend.served("low_rank_update_") == served_by
-    assert_rounded(weight, target, magnitude, dtype, slack_of(served_by, dtype))
-    assert abs(norm.item() - delta.norm().item()) < 1e-5 * delta.norm().item()
 
 
 def test_float64_weights_are_served_by_torch():
@@ -82,44 +22,6 @@ def test_float64_weights_are_served_by_torch():
     low_rank_update_(weight, left.double(), right.double(), 0.5)
     assert relative_error(weight, target) < 1e-14
     assert backend.served("low_rank_update_") == "torch"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_views_and_surroundings(served_by, device, dtype):
-    left, right = random(20, 4, device=device, seed=2), random(12, 4, device=device, seed=3)
-    store = torch.full((24, 31), float("nan"), dtype=dtype, device=device)
-    views = {
-        "offset": (store[2:22, 3:15], False),
-        "every second row": (torch.full((40, 12), float("nan"), dtype=dtype, device=device)[::2], False),
-        "column major": (torch.full((15, 20), float("nan"), dtype=dtype, device=device).T[:, 1:13], False),
-        "column major, stored in_out": (
-            torch.full((20, 15), float("nan"), dtype=dtype, device=device).T[2:14],
-            True,
-        ),
-    }
-    for name, (view, transposed) in views.items():
-        view.copy_(random(*view.shape, seed=5))
-        target, _ = exact(view, left, right, 1.0, transposed)
-        low_rank_update_(view, left, right, transposed=transposed)
-        assert relative_error(view.cpu(), target) < {BF16: 3e-3, FP16: 4e-4, FP32: 1e-5}[dtype], name
-    assert store.isnan().sum() == store.numel() - 20 * 12
-
-
-def test_a_weight_with_no_contiguous_dimension(served_by, device):
-    store = torch.zeros(10, 12, device=device)
-    view = store[::2, ::3]
-    left, right = random(5, 2, device=device), random(4, 2, device=device)
-    low_rank_update_(view, left, right)
-    assert relative_error(view.cpu(), left.cpu() @ right.cpu().T) < 1e-5
-    assert (store[1::2] == 0).all()
-
-
-def test_factors_of_any_dtype_and_stride(served_by, device):
-    weight = torch.zeros(9, 6, device=device)
-    left, right = random(9, 8, dtype=BF16, device=device)[:, ::2], random(4, 6, dtype=FP64, device=device).T
-    target, _ = exact(weight, left, right, -2.0)
-    low_rank_update_(weight, left, right, -2)
-    assert relative_error(weight.cpu(), target) < 1e-5
 
 
 def test_parameters_are_updated_outside_the_graph(served_by, device):
@@ -132,22 +34,6 @@ def test_parameters_are_updated_outside_the_graph(served_by, device):
     assert layer.weight.requires_grad
     assert layer.weight._version > version
     assert relative_error(layer.weight.detach().cpu() - before.cpu(), (left @ right.T).cpu()) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("d_out", "d_in", "rank"),
-    [
-        pytest.param(0, 5, 2, id="no_rows"),
-        pytest.param(5, 0, 2, id="no_columns"),
-        pytest.param(5, 4, 0, id="rank_0"),
-    ],
-)
-def test_nothing_to_add(served_by, device, d_out, d_in, rank):
-    weight, left, right = problem(d_out, d_in, rank, BF16, device)
-    before, norm = weight.clone(), torch.full((1,), 3.0, device=device)
-    low_rank_update_(weight, left, right, out_norm=norm)
-    assert torch.equal(weight, before)
-    assert norm.item() == 0
 
 
 def test_lists(served_by, device):

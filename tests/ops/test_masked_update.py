@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fastedit
 from fastedit.ops import (
     BitMask,
     IndexMask,
@@ -16,44 +15,12 @@ from fastedit.ops import (
     PhiloxMask,
     backend,
     masked_adam_,
-    masked_adam_reference,
     masked_sgd_,
-    masked_sgd_reference,
 )
+from fastedit.testing.masked_update import make_mask, options_of, require_within_ulps, sgd_reference
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (FP32, BF16, FP16, FP64)]
-SHAPES = [
-    pytest.param((1, 1), id="one"),
-    pytest.param((5, 17), id="primes"),
-    pytest.param((70, 64), id="whole_words"),
-]
-EPS = {FP32: 2.0**-23, BF16: 2.0**-7, FP16: 2.0**-10, FP64: 2.0**-52}
 LR, DECAY, CLAMP = 0.25, 2.0**-7, 0.02  # exact in float32, so that errors are those of the arithmetic
-CASES = [  # of SGD: decay scope (None: no decay), whether values are clamped, kind of mask
-    pytest.param(None, False, "philox", id="plain-philox"),
-    pytest.param("all", False, "philox", id="decay_all-philox"),
-    pytest.param("all", True, "bits", id="decay_all_clamped-bits"),
-    pytest.param("masked", True, "philox", id="decay_masked_clamped-philox"),
-    pytest.param("masked", False, "bits", id="decay_masked-bits"),
-    pytest.param("masked", False, "indices", id="decay_masked-indices"),
-    pytest.param("all", True, "indices", id="decay_all_clamped-indices"),
-    pytest.param("none", False, "indices", id="decay_none-indices"),
-    pytest.param("all", True, "all", id="decay_all_clamped-all"),
-]
-
-
-def make_mask(kind, n, device="cpu", density=0.3):
-    keep = PhiloxMask(seed=5, shard=1, layer=2, density=density)
-    if kind == "philox":
-        return keep
-    if kind == "all":
-        return None
-    with backend.use_backend("torch"):
-        dense = keep.dense((n,))
-    if kind == "bits":
-        return BitMask.from_dense(dense.to(device))
-    return IndexMask(dense.nonzero()[:, 0].to(device), n)
 
 
 def values(shape, dtype=FP32, device="cpu", seed=0):
@@ -61,87 +28,7 @@ def values(shape, dtype=FP32, device="cpu", seed=0):
     return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
 
-def skip_unsupported(param):
-    try:
-        backend.choose("masked_sgd_", param, param)
-    except fastedit.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-
-
-def options_of(scope, clamps, start):
-    options = {"decay": 0.0 if scope is None else DECAY, "decay_scope": scope or "all"}
-    if clamps:
-        options |= {
-            "clamp_to": start.float() + 0.005 * values(start.shape, seed=9).to(start.device),
-            "clamp": CLAMP,
-        }
-    return options
-
-
-def to_cpu(value):
-    if isinstance(value, tuple):
-        return tuple(v.cpu() for v in value)
-    return value.cpu() if isinstance(value, torch.Tensor) else value
-
-
-def mask_to_cpu(mask):
-    if isinstance(mask, BitMask):
-        return BitMask(mask.packed.cpu(), mask.n)
-    return IndexMask(mask.indices.cpu(), mask.n) if isinstance(mask, IndexMask) else mask
-
-
-def sgd_reference(param, grad, mask, lr, **options):
-    """The result in float64 and the size of its largest term: what an ulp is counted of."""
-    out = param.cpu().double().clone()
-    options = {name: to_cpu(value) for name, value in options.items()}
-    masked_sgd_reference(out, to_cpu(grad), mask_to_cpu(mask), lr, **options)
-    whole = grad if not isinstance(grad, tuple) else grad[0].double() @ grad[1].double().T
-    return out, torch.maximum(param.cpu().double().abs(), lr * whole.cpu().double().nan_to_num().abs())
-
-
-def assert_within_ulps(out, reference, scale, ulps):
-    error = (out.cpu().double() - reference).abs()
-    allowed = ulps * EPS[out.dtype] * torch.maximum(scale, reference.abs())
-    assert bool((error <= allowed).all()), (error / allowed.clamp(min=1e-300)).max().item()
-
-
 # ---- SGD ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("scope", "clamps", "kind"), CASES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sgd_is_within_an_ulp_of_float64(served_by, device, dtype, shape, scope, clamps, kind):
-    param, grad = values(shape, dtype, device), values(shape, FP32, device, seed=1)
-    skip_unsupported(param)
-    mask = make_mask(kind, param.numel(), device)
-    options = options_of(scope, clamps, param)
-    reference, scale = sgd_reference(param, grad, mask, LR, **options)
-    masked_sgd_(param, grad, mask, LR, **options)
-    assert backend.served("masked_sgd_") == served_by
-    assert_within_ulps(param, reference, scale, 1)
-
-
-@pytest.mark.parametrize("kind", ["philox", "indices"])
-@pytest.mark.parametrize("rank", [1, 37])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
-def test_sgd_takes_the_gradient_as_a_product(served_by, device, dtype, rank, kind):
-    shape = (21, 40)
-    param = values(shape, dtype, device)
-    for factor_dtype in (FP32, BF16):
-        left, right = values((21, rank), factor_dtype, device, 1), values((40, rank), factor_dtype, device, 2)
-        for transposed in (False, True):
-            start = param.T.contiguous() if transposed else param.clone()
-            mask = make_mask(kind, param.numel(), device)
-            out = start.clone()
-            masked_sgd_(
-                out, (left, right), mask, LR, decay=DECAY, decay_scope="masked", transposed=transposed
-            )
-            reference, scale = sgd_reference(
-                param, (left, right), mask, LR, decay=DECAY, decay_scope="masked"
-            )
-            ulps = 1 if dtype == BF16 else 4 + rank  # of sums of products; TF32x3 on a GPU
-            assert_within_ulps(out.T if transposed else out, reference, scale + rank**0.5, ulps)
 
 
 @pytest.mark.parametrize("kind", ["philox", "bits", "indices", "all"])
@@ -175,17 +62,6 @@ def test_views_and_storage_orders_give_the_same_bits(served_by, device, kind):
     more = {"clamp_to": bound.reshape(37, 4, 11), "clamp": CLAMP} if dense else {}
     masked_sgd_(out, grad.reshape(37, 4, 11), mask, LR, **more)
     assert torch.equal(out.reshape(shape), expected)
-
-
-@pytest.mark.parametrize("grad_dtype", [BF16, FP16, FP64], ids=["bfloat16", "float16", "float64"])
-def test_gradients_and_bounds_of_any_dtype(served_by, device, grad_dtype):
-    param, grad = values((19, 40), BF16, device), values((19, 40), grad_dtype, device, 1)
-    bound = param.clone().to(grad_dtype)
-    mask = make_mask("philox", param.numel())
-    options = {"decay": DECAY, "clamp_to": bound, "clamp": CLAMP}
-    reference, scale = sgd_reference(param, grad, mask, LR, **options)
-    masked_sgd_(param, grad, mask, LR, **options)
-    assert_within_ulps(param, reference, scale, 1)
 
 
 def test_unselected_gradients_are_never_used_and_other_nans_stay(served_by, device):
@@ -245,50 +121,6 @@ def test_second_run_gives_the_same_bits(served_by, device):
 
 
 # ---- Adam -----------------------------------------------------------------------------------------------
-
-ADAM = [  # weight decay, decoupled, scope, clamped, kind of mask
-    pytest.param(0.0, False, "masked", False, "philox", id="plain-philox"),
-    pytest.param(0.1, False, "masked", True, "bits", id="l2_clamped-bits"),
-    pytest.param(0.1, False, "masked", False, "indices", id="l2-indices"),
-    pytest.param(0.1, True, "all", True, "philox", id="decoupled_all_clamped-philox"),
-    pytest.param(0.1, True, "masked", False, "indices", id="decoupled_masked-indices"),
-    pytest.param(0.1, True, "masked", True, "philox", id="decoupled_masked_clamped-philox"),
-    pytest.param(0.1, True, "none", False, "all", id="decay_none-all"),
-]
-
-
-@pytest.mark.parametrize(("weight_decay", "decoupled", "scope", "clamps", "kind"), ADAM)
-@pytest.mark.parametrize("shape", [(5, 17), (66, 70)], ids=["primes", "more_than_a_block"])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=["float32", "bfloat16", "float64"])
-def test_adam_agrees_with_dense_moments(
-    served_by, device, dtype, shape, weight_decay, decoupled, scope, clamps, kind
-):
-    param = values(shape, dtype, device)
-    skip_unsupported(param)
-    mask = make_mask(kind, param.numel(), device)
-    options = {"weight_decay": weight_decay, "decoupled": decoupled, "decay_scope": scope}
-    if clamps:
-        options |= {"clamp_to": param.float() + 0.001, "clamp": CLAMP}
-    state = MaskedAdamState(param, mask)
-    reference = param.cpu().double().clone()
-    on_cpu = {name: to_cpu(value) for name, value in options.items()}
-    m, v = torch.zeros_like(reference), torch.zeros_like(reference)
-    for step in (1, 2, 3):
-        grad = values(shape, FP32, device, seed=step)
-        masked_adam_(param, grad, mask, state, 0.05, (0.8, 0.95), 1e-6, **options)
-        masked_adam_reference(
-            reference, grad.cpu(), mask_to_cpu(mask), m, v, step, 0.05, (0.8, 0.95), 1e-6, **on_cpu
-        )
-        if dtype == BF16:
-            reference = reference.to(BF16).double()
-    assert backend.served("masked_adam_") == served_by
-    assert state.step == 3
-    if dtype == BF16:  # a rounding may fall the other way, once or twice
-        assert_within_ulps(param, reference, torch.ones_like(reference), 2)
-    else:
-        assert_within_ulps(param, reference, torch.ones_like(reference), 8)
-        packed = m.reshape(-1) if mask is None else mask_to_cpu(mask).pack(m)
-        assert_within_ulps(state.exp_avg, packed, torch.ones_like(packed), 4)
 
 
 def test_adam_is_torch_optim_adam(served_by, device):
@@ -583,7 +415,7 @@ def test_any_step_agrees_with_the_reference(
     reference, scale = sgd_reference(param, grad, mask, lr, **options)
     out = param.T.contiguous().T if turned else param
     masked_sgd_(out, grad, mask, lr, **options)
-    assert_within_ulps(out, reference, scale, 2)  # the step's numbers are rounded too
+    require_within_ulps(out, reference, scale, 2)  # the step's numbers are rounded too
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------
@@ -606,7 +438,7 @@ def test_real_sizes(name, shape, dtype):
         for start in (param, param.T.contiguous().T):
             out = start.clone(memory_format=torch.preserve_format)
             masked_sgd_(out, grad, mask, LR, **options)
-            assert_within_ulps(out, reference, scale, 1)
+            require_within_ulps(out, reference, scale, 1)
         state, out = MaskedAdamState(param, mask), param.clone()
         masked_adam_(out, grad, mask, state)
     with backend.use_backend("torch"):

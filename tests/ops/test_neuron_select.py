@@ -24,21 +24,11 @@ from fastedit.ops import (
     neuron_select_keys,
     neuron_select_reference,
 )
+from fastedit.testing.neuron_select import RULES, rows
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (BF16, FP16, FP32, FP64)]
-RULES = ("at_least", "prefix")
 NAN, INF = float("nan"), float("inf")
-
-
-def rows(n_rows, d, kind, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n_rows, d, generator=generator)
-    if kind == "heavy":
-        return x.mul_(3).exp_().clamp_(max=6e4)
-    if kind == "ties":
-        return x.mul_(2).round_().abs_()
-    return x.abs_()
 
 
 def same(out, reference):
@@ -58,17 +48,6 @@ def exact_count(row, mass, rule, total=None):
 
 
 # ---- selection ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", ["normal", "heavy", "ties"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_selects_what_the_reference_selects(served_by, device, dtype, kind, rule):
-    for d, mass in ((1, 0.5), (17, 0.8), (33, 1e-9), (150, 0.95)):
-        scores = rows(2, d, kind).to(dtype)
-        out = neuron_select(scores.to(device), mass, rule=rule)
-        assert backend.served("neuron_select") == served_by
-        assert same(out, neuron_select_reference(scores, mass, rule)), (d, mass)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -118,24 +97,6 @@ def test_near_ties_are_decided_exactly(served_by, device, rule):
             assert int(neuron_select(row.to(device), mass, rule=rule).counts) == expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_invalid_rows_select_nothing_and_disturb_no_other(served_by, device, dtype):
-    scores = rows(6, 21, "normal").to(dtype)
-    good = neuron_select_reference(scores, 0.8)
-    for i, value in enumerate((NAN, INF, -INF, -1.0)):
-        scores[i, (i * 7) % 21] = value
-    scores[4, 3] = -0.0
-    good_4 = neuron_select_reference(scores[4], 0.8)
-    for mass in (0.8, 1.0):
-        out = neuron_select(scores.to(device), mass)
-        assert not out.mask[:4].any()
-        assert (out.indices[:4] == -1).all()
-        assert out.counts[:4].tolist() == [0] * 4
-    out = neuron_select(scores.to(device), 0.8)
-    assert same([t[4] for t in out], good_4)
-    assert same([t[5] for t in out], [t[5] for t in good])
-
-
 @pytest.mark.parametrize("dtype", [FP16, FP32, FP64], ids=["float16", "float32", "float64"])
 def test_tiny_and_huge_scores(served_by, device, dtype):
     limits = torch.finfo(dtype)
@@ -158,27 +119,6 @@ def test_tiny_and_extreme_shares(served_by, device):
         for rule in RULES:
             out = neuron_select(scores.to(device), mass, rule=rule)
             assert same(out, neuron_select_reference(scores, mass, rule)), (mass, rule)
-
-
-def test_shapes_and_views(served_by, device):
-    store = rows(6, 10, "normal").to(device)
-    views = {
-        "one row": store[0],
-        "batch": store.view(3, 2, 10),
-        "columns": store[:, 3:9],
-        "every second": store[:, ::2],
-        "transposed": store.T,
-        "expanded": store[:1].expand(3, 10),
-        "no rows": store[:0],
-        "no columns": store[:, :0],
-    }
-    for name, scores in views.items():
-        out = neuron_select(scores, 0.7)
-        assert same(out, neuron_select_reference(scores.cpu(), 0.7)), name
-        assert out.mask.shape == out.indices.shape == scores.shape, name
-        assert out.counts.shape == scores.shape[:-1], name
-        assert (out.mask.dtype, out.indices.dtype, out.counts.dtype) == (torch.bool, torch.int32, torch.int32)
-        assert all(t.is_contiguous() for t in out)
 
 
 def test_a_row_longer_than_a_triton_program_holds(monkeypatch):
@@ -229,25 +169,6 @@ def test_a_copy_is_said_once(caplog, monkeypatch):
 # ---- scores ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_have_the_bits_of_the_reference(served_by, device, dtype):
-    generator = torch.Generator().manual_seed(2)
-    store = torch.randn(37, 70, generator=generator).mul_(3).exp_().to(dtype)
-    store[::2] *= -1
-    for keys in (store, store.T, store[::3, 1::2], store[:, :1], store[:1], store[:0], store[:, :0]):
-        out = neuron_scores(keys.to(device))
-        assert backend.served("neuron_scores") == served_by
-        assert out.dtype == FP64
-        assert torch.equal(out.cpu(), neuron_scores_reference(keys))
-
-
-def test_scores_of_keys_that_are_not_finite(served_by, device):
-    keys = torch.tensor([[1.0, NAN], [-INF, 1.0], [-1.0, 2.0]], device=device)
-    assert neuron_scores(keys).isnan().tolist() == [True, False, False]
-    assert neuron_scores(keys)[1:].tolist() == [INF, 3.0]
-    assert int(neuron_select_keys(keys, 0.5).counts) == 0
-
-
 def test_selection_by_keys(served_by, device):
     keys = rows(50, 9, "normal").to(device) - 0.5
     out = neuron_select_keys(keys, 0.6, rule="prefix")
@@ -255,33 +176,6 @@ def test_selection_by_keys(served_by, device):
 
 
 # ---- squares --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_square_is_that_of_indexing(served_by, device, dtype, index_dtype):
-    generator = torch.Generator().manual_seed(3)
-    d = 20 if served_by == "triton" and device.type == "cpu" else 70
-    store = torch.randn(d, 2 * d, generator=generator).to(dtype)
-    picks = [
-        torch.arange(d),
-        torch.randperm(d, generator=generator)[: d - 3],
-        torch.tensor([3, 3, 0]),
-        torch.arange(0),
-        torch.arange(2 * d)[::3] // 2,
-    ]
-    for matrix in (store[:, :d], store[:, :d].T, store[:, ::2]):
-        for indices in picks:
-            out = gather_square(matrix.to(device), indices.to(index_dtype).to(device))
-            assert backend.served("gather_square") == served_by
-            assert out.is_contiguous()
-            assert torch.equal(out.cpu(), matrix[indices][:, indices])
-
-
-def test_square_keeps_what_is_not_finite(served_by, device):
-    matrix = torch.tensor([[NAN, 1.0], [INF, -0.0]], device=device)
-    out = gather_square(matrix, torch.tensor([1, 0], device=device))
-    assert torch.equal(out.cpu().view(torch.int32), matrix.cpu().flip(0, 1).view(torch.int32))
 
 
 @pytest.mark.parametrize("index", [-1, 4, 2**31 - 1])

@@ -9,70 +9,9 @@ from hypothesis import strategies as st
 
 import fastedit
 from fastedit.ops import backend, route, routing_score, routing_score_reference
+from fastedit.testing.routing import ACTIVATIONS, error, layer, tokens
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh")
-SHAPES = [  # (tokens, d_in, d_out)
-    pytest.param(1, 1, 1, id="one"),
-    pytest.param(3, 31, 17, id="few_primes"),
-    pytest.param(8, 33, 40, id="few_above_tile"),
-    pytest.param(17, 45, 33, id="many_primes"),
-    pytest.param(32, 64, 32, id="whole_tiles"),
-]
-
-
-def layer(d_in, d_out, dtype, n_memories=2, transposed=False, device="cpu", distance=0.2, seed=0):
-    """A base weight and memories near it, of the scale of trained ones."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(d_out, d_in, generator=generator) / d_in**0.5
-    memories = [
-        base + distance * torch.randn(d_out, d_in, generator=generator) / d_in**0.5 for _ in range(n_memories)
-    ]
-    base, *memories = [w.to(dtype).to(device) for w in (base, *memories)]
-    if transposed:
-        base, *memories = [w.T.contiguous() for w in (base, *memories)]
-    return base, memories
-
-
-def tokens(*shape, dtype=FP32, device="cpu", seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
-
-
-def cpu(tensor):
-    return None if tensor is None else tensor.cpu()
-
-
-def error(scores, x, base, memories, activation, transposed=False, bias=None, metric="activated"):
-    """The largest error, relative to the length of the outputs: a score is a difference of them."""
-    args = (activation, transposed, cpu(bias), metric)
-    reference = routing_score_reference(x.cpu(), base.cpu(), [w.cpu() for w in memories], *args)
-    origin = routing_score_reference(x.cpu(), base.cpu(), [torch.zeros_like(base.cpu())], *args)
-    scale = origin.norm() / max(1, origin.numel()) ** 0.5 + reference.norm()
-    return ((scores.cpu() - reference).abs().max() / scale).item() if reference.numel() else 0.0
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
-@pytest.mark.parametrize(("n_tokens", "d_in", "d_out"), SHAPES)
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=lambda d: str(d).removeprefix("torch."))
-def test_matches_float64(served_by, device, dtype, n_tokens, d_in, d_out, transposed):
-    base, memories = layer(d_in, d_out, dtype, 2, transposed, device)
-    x = tokens(n_tokens, d_in, dtype=dtype, device=device)
-    bias = tokens(d_out, dtype=dtype, device=device, seed=2) if transposed else None
-    scores = routing_score(x, base, memories, "silu", transposed=transposed, bias=bias)
-    assert backend.served("routing_score") == served_by
-    assert scores.dtype == FP32
-    assert scores.shape == (n_tokens, 2)
-    assert error(scores, x, base, memories, "silu", transposed, bias) < 2e-6
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("n_tokens", [2, 20])
-def test_activations(served_by, device, activation, n_tokens):
-    base, memories = layer(24, 20, FP32, 1, device=device, distance=1.0)
-    x, bias = 4 * tokens(n_tokens, 24, device=device), tokens(20, device=device, seed=2)
-    for metric in ("activated", "linear"):
-        scores = routing_score(x, base, memories, activation, bias=bias, metric=metric)
-        assert error(scores, x, base, memories, activation, bias=bias, metric=metric) < 2e-6
 
 
 def test_names_of_transformers_mean_the_same(served_by, device):
@@ -97,14 +36,6 @@ def test_any_number_of_memories(served_by, device, n_memories):
     assert error(scores, x, base, memories, "silu") < 2e-6
     stack = torch.stack(memories) if memories else x.new_zeros(0, 20, 18)
     assert torch.equal(routing_score(x, base, stack, "silu"), scores)
-
-
-@pytest.mark.parametrize(("shape", "d_out"), [((0, 7), 5), ((2, 0, 7), 5), ((3, 7), 0), ((3, 0), 5)], ids=str)
-def test_nothing_gives_zeros(served_by, device, shape, d_out):
-    weight = torch.ones(d_out, shape[-1], device=device)
-    scores = routing_score(torch.ones(shape, device=device), weight, [weight, weight + 1], "silu")
-    assert scores.shape == (*shape[:-1], 2)
-    assert not scores.any()
 
 
 def test_an_unchanged_memory_scores_zero(served_by, device):
@@ -132,60 +63,6 @@ def test_second_run_gives_the_same_bits(served_by, device):
     for n_tokens in (3, 20):
         x = tokens(n_tokens, 50, dtype=BF16, device=device)
         assert torch.equal(routing_score(x, base, memories, "silu"), routing_score(x, base, memories, "silu"))
-
-
-def test_views(served_by, device):
-    base, memories = layer(20, 16, FP32, device=device)
-    x = tokens(40, 43, device=device)
-    views = {
-        "offset columns": x[:, 3:23],
-        "every second row": x[::2, :20],
-        "transposed": x[:20].T,
-        "every second column": x[:3, :40:2],
-        "one token": x[0, :20],
-        "batch": x[:, :20].view(4, 10, 20)[:, 1:],
-    }
-    for name, view in views.items():
-        assert error(routing_score(view, base, memories, "silu"), view, base, memories, "silu") < 2e-6, name
-    for n_tokens in (2, 20):
-        some = x[:n_tokens, :20]
-        inside = [
-            torch.full((20, 24), float("nan"), device=device)[2:18, 1:21].copy_(w) for w in (base, *memories)
-        ]
-        assert error(routing_score(some, inside[0], inside[1:], "silu"), some, base, memories, "silu") < 2e-6
-        turned = [w.T.contiguous().T for w in (base, *memories)]
-        assert error(routing_score(some, turned[0], turned[1:], "silu"), some, base, memories, "silu") < 2e-6
-        mixed = [base, memories[0].T.contiguous().T, memories[1]]
-        assert error(routing_score(some, mixed[0], mixed[1:], "silu"), some, base, memories, "silu") < 2e-6
-
-
-def test_dtypes_may_differ(served_by, device):
-    base, memories = layer(20, 16, FP32, device=device)
-    base, memories = base.to(BF16), [memories[0], memories[1].to(FP16)]
-    for n_tokens in (2, 20):
-        x = tokens(n_tokens, 20, dtype=BF16, device=device)
-        assert error(routing_score(x, base, memories, "silu"), x, base, memories, "silu") < 2e-6
-
-
-def test_float64_is_computed_in_float64():
-    base, memories = layer(20, 16, FP64)
-    x = tokens(5, 20, dtype=FP64)
-    scores = routing_score(x, base, memories, "gelu")
-    assert scores.dtype == FP64
-    assert error(scores, x, base, memories, "gelu") < 1e-14
-
-
-def test_nan_stays_with_its_token(served_by, device):
-    base, memories = layer(20, 16, FP32, device=device)
-    for n_tokens in (3, 20):
-        for activation in ("relu", "silu", "gelu", "gelu_tanh"):
-            x = tokens(n_tokens, 20, device=device)
-            clean = routing_score(x, base, memories, activation)
-            x[1, 4] = float("nan")
-            scores = routing_score(x, base, memories, activation)
-            assert scores[1].isnan().all()
-            rest = torch.arange(n_tokens, device=device) != 1
-            assert torch.equal(scores[rest], clean[rest])
 
 
 def test_arguments_are_not_written_and_need_no_gradient(served_by, device):

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 import fastedit
 from fastedit.ops import backend, ties_merge, ties_merge_reference
 from fastedit.ops.ties import VARIANTS
+from fastedit.testing.ties import DTYPES, copies, expected, options_of, weights_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = [BF16, FP16, FP32, FP64]
-SIZES = [1, 257, 1100]  # around the interpreter's tile (256); the last one is sampled by it
 
 
 def skip_unsupported(served_by, base):
@@ -26,66 +25,7 @@ def skip_unsupported(served_by, base):
         pytest.skip(str(reason))
 
 
-def copies(n, m, dtype, device="cpu", seed=0, step=0.01, share=0.6):
-    """Base and m edited copies; the edits are multiples of ``step``, so that many magnitudes are equal."""
-    generator = torch.Generator().manual_seed(1000 * seed + 10 * n + m)
-    base = torch.randn(n, generator=generator).to(dtype)
-    edits = [torch.randn(n, generator=generator).mul(3).round() * step for _ in range(m)]
-    masks = [torch.rand(n, generator=generator) < share for _ in range(m)]
-    tensors = [(base.double() + e * k).to(dtype) for e, k in zip(edits, masks, strict=True)]
-    return base.to(device), [t.to(device) for t in tensors]
-
-
-def expected(base, tensors, weights, density, **options):
-    """The reference in the arithmetic of the backends, rounded once."""
-    work = FP64 if base.dtype == FP64 else FP32
-    merged = ties_merge_reference(
-        [t.cpu().to(work) for t in tensors], weights, density, base.cpu().to(work), **options
-    )
-    return merged.to(base.dtype)
-
-
-def options_of(variant):
-    return {"variant": variant, **({"scale": 0.7} if variant == "ties_original" else {})}
-
-
-def weights_of(variant, m):
-    return None if variant == "ties_original" else [(-1) ** i * (1.0 + 0.3 * i) for i in range(m)]
-
-
 # ---- results --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_same_bits_as_the_reference(served_by, device, dtype, n):
-    base, tensors = copies(n, 3, dtype, device)
-    skip_unsupported(served_by, base)
-    for variant in VARIANTS:
-        density = 1.0 if variant == "sign" else 0.53
-        merged = ties_merge(tensors, weights_of(variant, 3), density, base, **options_of(variant))
-        assert backend.served("ties_merge") == served_by
-        assert merged.dtype == dtype
-        reference = expected(base, tensors, weights_of(variant, 3), density, **options_of(variant))
-        assert torch.equal(merged.cpu(), reference), variant
-
-
-@pytest.mark.parametrize("at_threshold", ["lowest_index", "all"])
-@pytest.mark.parametrize("density", [0.2, 0.53, 1.0, 1.5, [0.1, 1.0, 0.9]], ids=str)
-def test_densities_and_ties(served_by, device, density, at_threshold):
-    base, tensors = copies(300, 3, BF16, device, step=0.25)
-    skip_unsupported(served_by, base)
-    merged = ties_merge(tensors, [1.0, 0.5, 2.0], density, base, at_threshold=at_threshold)
-    assert torch.equal(
-        merged.cpu(), expected(base, tensors, [1.0, 0.5, 2.0], density, at_threshold=at_threshold)
-    )
-
-
-@pytest.mark.parametrize("m", [1, 5, 17])
-def test_numbers_of_tensors(served_by, device, m):
-    base, tensors = copies(70, m, FP32, device)
-    merged = ties_merge(tensors, None, 0.4, base)
-    assert torch.equal(merged.cpu(), expected(base, tensors, None, 0.4))
 
 
 def test_exactly_k_entries_are_kept_the_lowest_indices_of_those_tied(served_by, device):
@@ -155,30 +95,6 @@ def test_against_float64(served_by, device):
 def test_fewer_changed_entries_than_kept_trims_nothing(served_by, device):
     base, tensors = copies(700, 2, FP32, device, share=0.3)
     assert torch.equal(ties_merge(tensors, None, 0.53, base), ties_merge(tensors, None, 1.0, base))
-
-
-@pytest.mark.parametrize("n", [0, 1, 300])
-def test_unchanged_copies_and_densities_that_keep_nothing(served_by, device, n):
-    base = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
-    assert torch.equal(ties_merge([base, base.clone()], None, 0.2, base), base)
-    assert torch.equal(ties_merge([base + 1], None, 1e-9, base), base)
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])
-def test_views(served_by, device, dtype):
-    base, tensors = copies(24 * 20, 2, dtype, device)
-    reference = expected(base, tensors, None, 0.3).view(24, 20)
-    square, others = base.view(24, 20), [t.view(24, 20) for t in tensors]
-    padded = torch.full((26, 43), float("nan"), dtype=dtype, device=device)
-    inside = padded[1:25, 1:41:2]
-    inside.copy_(others[0])
-    transposed = others[1].T.contiguous().T
-    merged = ties_merge([inside, transposed], None, 0.3, square)
-    assert merged.is_contiguous()
-    assert torch.equal(merged.cpu(), reference)
-    assert torch.equal(ties_merge([others[0], others[1]], None, 0.3, square.expand(24, 20)).cpu(), reference)
-    offset = torch.cat([base[:1], tensors[0]])[1:]  # not aligned to 16 bytes
-    assert torch.equal(ties_merge([offset, tensors[1]], None, 0.3, base).cpu(), reference.flatten())
 
 
 def test_inputs_are_not_changed_and_the_second_run_gives_the_same_bits(served_by, device):
