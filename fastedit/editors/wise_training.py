@@ -296,7 +296,7 @@ class FrozenRows:
         start, stop = 0, ids.shape[1]
         if len(column) and bool(self.rows.mask[row, column].all()):
             start, stop = int(column.min()), int(column.max()) + 1
-        above = [tensor[:n, :stop] for tensor in (ids, mask, positions)]
+        above = (ids[:n, :stop], mask[:n, :stop], positions[:n, :stop])
         self.beside = beside[:n, :stop]
         self.calls = self.runner.capture(*above)
         self.ends: RowEnds | None = None

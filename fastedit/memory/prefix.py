@@ -103,6 +103,10 @@ class PrefixMemory(Memory):
     def prefix(self, index: int) -> Prefix:
         """What is put in front of a sample that was routed to entry ``index``."""
 
+    @abstractmethod
+    def remove(self, edit_id: str) -> None:
+        """Forget one edit."""
+
     def route(self, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> Decision:
         """Decode the prompts and :meth:`find` their entries.
 

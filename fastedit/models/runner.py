@@ -295,7 +295,7 @@ class RowEnds:
         self._mask, self._ids, self._positions = mask, ids[:, start:], positions[:, start:]
         self._seen = _new_cache()
         self._seen.stops = True
-        before = (tensor[:, :start] for tensor in (ids, mask, positions))
+        before = (ids[:, :start], mask[:, :start], positions[:, :start])
         self._before = runner._capture(*before, self._seen)
         self._calls: BlockCalls | None = None
         self._cache: Any = None
