@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import BaseMismatch, FasteditError
 from ..models.describe import unwrap
 from ..models.fingerprint import fingerprint
+from ..models.loading import first_tokenizer
 from .edit import MemoryEdit
 from .encoder import TextEncoder
 
@@ -107,15 +107,9 @@ def base_tokenizer(model: nn.Module, *places: str) -> Any:
     Raises:
         FasteditError: it is in none of them.
     """
-    from ..models.loading import load_tokenizer
-
     candidates = [*places, getattr(unwrap(model), "name_or_path", "")]
-    for place in candidates:
-        if place and Path(place).is_dir():
-            try:
-                return load_tokenizer(place)
-            except (OSError, ValueError):
-                continue
+    if (found := first_tokenizer(candidates)) is not None:
+        return found
     named = ", ".join(place for place in candidates if place) or "the known places"
     raise FasteditError(
         f"prompts are found by their text, so the base model's tokenizer is needed, which is in none of {named}: "
