@@ -57,6 +57,7 @@ _SUBPACKAGES = (
     "models",
     "ops",
     "stats",
+    "testing",
 )
 
 __all__ = [

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from fastedit.testing.case import relative_error
+
+__all__ = ["data_folder", "relative_error"]
 
 
 def data_folder(*parts: str) -> Path:
@@ -18,11 +21,3 @@ def data_folder(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"FASTEDIT_TEST_DATA has no {'/'.join(parts)}")
     return path
-
-
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖out − reference‖ / ‖reference‖ in float64 (0 for two empty or zero tensors)."""
-    out, reference = out.double(), reference.double()
-    scale = reference.norm().item()
-    error = (out - reference).norm().item()
-    return error / scale if scale else error
