@@ -81,7 +81,7 @@ class RetrievalEditor(Editor):
             )
             fresh = attach(self.model, self.layer, self.new_memory()) if side is None else None
             try:
-                edit.apply(self.model)
+                edit._join(self.model)
             except BaseException:
                 if fresh is not None:
                     detach(self.model, fresh)
