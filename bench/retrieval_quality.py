@@ -365,7 +365,7 @@ class Study:
         self.options, self.folder = options, Path(options.out)
         place = str(MODEL_FOLDER) if options.model == "demo" else options.model
         self.name = "demo" if options.model == "demo" else Path(place).resolve().name
-        self.model, self.tokenizer = load_model(place)
+        self.model, self.tokenizer = load_model(place, dtype="float32")
         self.description = describe(self.model)
         data = load_records(options.data)
         self.train = [record for path in options.train for record in load_records(path)]
