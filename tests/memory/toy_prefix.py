@@ -50,6 +50,9 @@ class ToyPrefix(PrefixMemory):
     def clear(self) -> None:
         raise NotImplementedError
 
+    def remove(self, edit_id: str) -> None:
+        raise NotImplementedError
+
     @property
     def n_entries(self) -> int:
         return 2
