@@ -196,7 +196,7 @@ def test_the_command_line(method: str, folder: Path, tmp_path: Path, capsys: pyt
     assert [row["id"] for row in json.loads(capsys.readouterr().out)] == ids
     assert main(["show", str(place / "002")]) == 0
     shown = capsys.readouterr().out
-    for words in (method, "no weight is changed", "memory_bytes", "token_overhead", "Miles Davis"):
+    for words in (method, "no weight is changed", "memory_bytes", "prefill_flops", "Miles Davis"):
         assert words in shown
     assert main(["show", str(place / "002"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["measured"]["memory_entries"] >= 1
