@@ -61,6 +61,9 @@ class RecipeParams:
         return {}
 
 
+_SPECIALS = 16  # tokens that a tokenizer may add to a text, at most
+
+
 @register_editor("recipe")
 class Recipe(Editor):
     """Puts facts into a store beside the whole model; see the module.
@@ -149,7 +152,7 @@ class Recipe(Editor):
             )
             fresh = self._serve() if side is None else None
             try:
-                edit.apply(self.model)
+                edit._join(self.model)
             except BaseException:
                 if fresh is not None:
                     detach(self.model, fresh)
@@ -203,12 +206,15 @@ class Recipe(Editor):
         limit = self.description.context_length
         n_prompt = self.parts.networks.sizes.prompt_tokens
         for fact in facts:
+            # no tokenizer makes more tokens of a text than it has bytes, special tokens apart
+            if limit is None or n_prompt + len(f"{fact.text}{fact.target}".encode()) + _SPECIALS <= limit:
+                continue
             try:
                 target = target_ids(self.tokenizer, fact.target)
             except ValueError as error:
                 raise InvalidFact(f"{fact.text!r}: {error}") from None
             n = n_prompt + len(encode_prompt(self.tokenizer, fact.text)) + len(target)
-            if limit is not None and n > limit:
+            if n > limit:
                 raise InvalidFact(
                     f"{fact.text!r} takes {n} tokens with its soft prompt and its target, the model's context holds "
                     f"{limit}"
