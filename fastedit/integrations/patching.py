@@ -268,7 +268,7 @@ def unwrapped(function: Any) -> Any:
 
 def globals_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The globals of the module in which a function was written, behind its decorators."""
-    return inspect.unwrap(function).__globals__  # type: ignore[attr-defined]
+    return inspect.unwrap(function).__globals__
 
 
 def _find(module: ModuleType, path: str) -> tuple[Any, str, Any]:
