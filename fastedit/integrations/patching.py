@@ -138,11 +138,25 @@ def accelerate_project(
     return _Patch(title, points, known, root, frozenset(fix), verbose).report
 
 
-def meet_main(name: str) -> None:
-    """Replace the points of module ``name`` in the main script, which is being run under that name."""
+def meet(module: ModuleType, name: str | None = None) -> None:
+    """Replace the points of a module that was not loaded by an import.
+
+    Args:
+        module: the module, such as the main script.
+        name: the module's name in the points, if it runs under another.
+    """
     for patch in list(_active):
-        if name in patch.points:
-            patch.meet(sys.modules["__main__"], name)
+        if (name or module.__name__) in patch.points:
+            patch.meet(module, name)
+
+
+def points_of() -> dict[str, frozenset[str]]:
+    """Module name -> names at its top level that the active patches replace."""
+    found: dict[str, set[str]] = {}
+    for patch in _active:
+        for name, points in patch.points.items():
+            found.setdefault(name, set()).update(point.attribute.partition(".")[0] for point in points)
+    return {name: frozenset(names) for name, names in found.items()}
 
 
 _active: list[_Patch] = []

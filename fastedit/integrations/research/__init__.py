@@ -18,6 +18,7 @@ from ...io import read_json
 from ..patching import accelerate_project
 from ..report import Report
 from . import contexts, memit, projector, rome, statistics, ultraedit
+from .fixes import FIXES
 
 REPOSITORIES = (
     "kmeng01/rome",
@@ -34,15 +35,6 @@ _MARKS = (
     ("editor/ultraedit.py", "nets.py", "data/base.py"),
 )
 
-FIXES = {
-    "memit_seq_cache": "MEMIT_seq: the keys of earlier batches reach the worker, which fails without them",
-    "nse_raw_target": "targets made before the first edit get the leading space that the edit itself gives them",
-    "nse_p_overflow": "NSE: where one neuron holds more than the wanted mass, it is chosen",
-    "template_not_keyed": "context templates are sampled for each model, not once for the process",
-    "ultra_floor_ceil": "UltraEdit: the gradients of a last micro-batch that is not full are used",
-    "running_var": "UltraEdit: the running spread is that of the rows, also for a batch of one",
-}
-
 _POINTS = (*statistics.POINTS, *projector.POINTS, *rome.POINTS, *memit.POINTS, *ultraedit.POINTS)
 _FIX_POINTS = {"template_not_keyed": contexts.POINTS, "running_var": ultraedit.FIX_POINTS}
 
@@ -54,7 +46,7 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
     names what was left alone, and counts the calls that went to the original because their input is not covered.
 
     Args:
-        fix: corrections of the published code, by name (:data:`FIXES`); without them its numbers are kept.
+        fix: corrections of the published code, by name (:data:`.fixes.FIXES`); without them its numbers are kept.
         verbose: print what the original prints, once for each request and layer instead of once a step.
 
     Returns:
