@@ -152,11 +152,25 @@ def _targets_first(side: Side, main: Any, hparams: Any, cached: str) -> None:
     """As the evaluation script of NSE: every target of the data set before the first edit, one at a time."""
     compute_z = importlib.import_module("memit.compute_z").compute_z
     layer = hparams.layers[-1]
-    for request in (each for batch in side.requests for each in batch):
-        request = {**request, "target_new": {"str": " " + request["target_new"]["str"].strip()}}
-        z = compute_z(side.model, side.tok, request, hparams, layer, main.CONTEXT_TEMPLATES_CACHE)
-        file = cached.format(layer, hparams.clamp_norm_factor, request["case_id"])
-        np.savez(file, v_star=z.detach().cpu().numpy())
+    with tempfile.TemporaryDirectory() as folder:
+        requests = [each for batch in side.requests for each in batch]
+        records = [
+            {
+                "case_id": each["case_id"],
+                "requested_rewrite": {
+                    "prompt": each["prompt"],
+                    "subject": each["subject"],
+                    "target_new": {"str": " " + each["target_new"]["str"].strip()},
+                },
+            }
+            for each in requests
+        ]
+        (Path(folder) / "counterfact.json").write_text(json.dumps(records))
+        for record in importlib.import_module("dsets.counterfact").CounterFactDataset(folder):
+            request = {"case_id": record["case_id"], **record["requested_rewrite"]}
+            z = compute_z(side.model, side.tok, request, hparams, layer, main.CONTEXT_TEMPLATES_CACHE)
+            file = cached.format(layer, hparams.clamp_norm_factor, record["case_id"])
+            np.savez(file, v_star=z.detach().cpu().numpy())
 
 
 def statistics(side: Side) -> None:

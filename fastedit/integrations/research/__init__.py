@@ -17,7 +17,7 @@ from types import ModuleType
 from ...io import read_json
 from ..patching import accelerate_project
 from ..report import Report
-from . import contexts, memit, projector, rome, statistics, ultraedit
+from . import ahead, contexts, memit, projector, rome, statistics, ultraedit
 from .fixes import FIXES
 
 REPOSITORIES = (
@@ -35,7 +35,14 @@ _MARKS = (
     ("editor/ultraedit.py", "nets.py", "data/base.py"),
 )
 
-_POINTS = (*statistics.POINTS, *projector.POINTS, *rome.POINTS, *memit.POINTS, *ultraedit.POINTS)
+_POINTS = (
+    *statistics.POINTS,
+    *projector.POINTS,
+    *rome.POINTS,
+    *memit.POINTS,
+    *ahead.POINTS,
+    *ultraedit.POINTS,
+)
 _FIX_POINTS = {"template_not_keyed": contexts.POINTS, "running_var": ultraedit.FIX_POINTS}
 
 

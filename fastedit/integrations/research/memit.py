@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..locate import (
     value_rows,
 )
 from ..patching import Context, NotCovered, Point
+from .ahead import ReadAhead, weights_stamp
 from .job import Job, lookup_of, spaced, trim_of
 from .projector import recalled_projector
 
@@ -400,28 +401,40 @@ def _write_and_remember(job: Job, cache: KeyCache, cache_template: Any) -> None:
 
 def compute_z(context: Context) -> Callable[..., Any]:
     """``compute_z`` for one request: its steps take the blocks above the layer and the tokens from the subject on."""
-    name = context.original.__module__
-    fix = "nse_raw_target" in context.fix and name == "memit.compute_z"
+    fix = "nse_raw_target" in context.fix
+    ahead = ReadAhead()
 
     def compute(
         model: nn.Module, tok: Any, request: Any, hparams: Any, layer: int, context_templates: Any
     ) -> Tensor:
         description = covered_model(model, tok, hparams, [layer])
         covered_value_loss(model, description, hparams, layer)
-        target = request["target_new"]["str"]
-        one = Request(request["prompt"], request["subject"], spaced(target) if fix else target)
-        rows = value_rows(
-            tok,
-            [one],
-            [each for group in context_templates for each in group],
-            lookup_of(context.original, "repr_tools.get_words_idxs_in_templates", tok),
-            trim_of(context.original, context.version, tok, model),
-            description.context_length,
+        contexts = [each for group in context_templates for each in group]
+
+        def make(requests: Sequence[Mapping[str, Any]]) -> Tensor:
+            facts = []
+            for each in requests:
+                target = each["target_new"]["str"]
+                facts.append(Request(each["prompt"], each["subject"], spaced(target) if fix else target))
+            rows = value_rows(
+                tok,
+                facts,
+                contexts,
+                lookup_of(context.original, _WORDS, tok),
+                trim_of(context.original, context.version, tok, model),
+                description.context_length,
+            )
+            values = optimised(model, facts, rows, objective_of(hparams, layer))
+            if context.verbose:
+                print(*describe_optimisation(facts, values), sep="\n")
+            return values.target
+
+        edited = [description.projection(each).weight for each in hparams.layers]
+        return ahead.take(
+            request,
+            (weights_stamp(model, edited), repr(vars(hparams)), layer, contexts, id(tok)),
+            make,
         )
-        values = optimised(model, [one], rows, objective_of(hparams, layer))
-        if context.verbose:
-            print(*describe_optimisation([one], values), sep="\n")
-        return values.target[0]
 
     return compute
 
