@@ -39,14 +39,14 @@ COLUMNS = (
 def main() -> None:
     args = _arguments()
     model = Path(args.model).resolve()
-    description = _describe(model)
+    description, head = _describe(model)
     job = {
         "repository": str(Path(args.repository).resolve()),
         "method": args.method,
         "like": args.like,
         "model": str(model),
         "batches": _facts(args),
-        "hparams": {**_hparams(description, args.method, args.layers), **json.loads(args.set)},
+        "hparams": {**_hparams(description, args.method, args.layers, head), **json.loads(args.set)},
         "contexts": CONTEXTS,
         "stats_dir": str(Path(args.stats).resolve()) if args.stats else "",
         "texts": str(Path(args.texts).resolve()) if args.texts else "",
@@ -84,11 +84,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _describe(folder: Path) -> ModelDescription:
+def _describe(folder: Path) -> tuple[ModelDescription, str]:
+    """The model's description, and the name of the module that its files keep the output head's weight under."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return describe(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+        model = AutoModelForCausalLM.from_config(config)
+    description = describe(model)
+    holder = description.embeddings if config.tie_word_embeddings else description.head
+    return description, next(name for name, module in model.named_modules() if module is holder)
 
 
 def _facts(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
@@ -110,7 +115,9 @@ def _layers(description: ModelDescription, args: argparse.Namespace) -> list[int
     return args.layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
 
 
-def _hparams(description: ModelDescription, method: str, layers: list[int] | None) -> dict[str, Any]:
+def _hparams(
+    description: ModelDescription, method: str, layers: list[int] | None, head: str
+) -> dict[str, Any]:
     """The published names, with the published values where they do not go by the model."""
     layers = layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
     if method in ("rome", "emmet"):
@@ -118,14 +125,13 @@ def _hparams(description: ModelDescription, method: str, layers: list[int] | Non
     block = description.block_names[0].rpartition(".")[0] + ".{}"
     mlp = description.output_path.rpartition(".")[0]
     norm = next(name for name in ("transformer.ln_f", "model.norm") if name.startswith(block.split(".")[0]))
-    tied = {"gpt2": "transformer.wte"}.get(description.model_type, "lm_head")
     return {
         "layers": layers, "layer_selection": "all", "fact_token": "subject_last", "v_num_grad_steps": 25,
         "v_lr": 0.5, "v_loss_layer": description.n_layers - 1, "v_weight_decay": 0.5, "kl_factor": 0.0625,
         "clamp_norm_factor": 4 if method == "rome" else 0.75, "mom2_adjustment": True, "mom2_update_weight": 100,
         "rewrite_module_tmp": f"{block}.{description.output_path}", "layer_module_tmp": block,
         "mlp_module_tmp": f"{block}.{mlp}", "attn_module_tmp": f"{block}.attn", "ln_f_module": norm,
-        "lm_head_module": tied, "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
+        "lm_head_module": head, "mom2_dataset": "wikipedia", "mom2_n_samples": 100000, "mom2_dtype": "float32",
         "context_template_length_params": [[5, 10], [10, 10]], "nullspace_threshold": 2e-2, "L2": 10,
         "model_name": "gpt2-xl" if description.projection(0).transposed else "Llama3-8B",
         "alpha": 0.2, "upper_bound": 1e4, "max_iterations": 3, "neuron_threshold": 0.8,
