@@ -45,15 +45,13 @@ def add_parser(subparsers: Any) -> None:
         help="print what the originals print, once for each request and layer",
     )
     add("--report", metavar="FILE", help="write the report as JSON")
-    add(
-        "command", nargs=argparse.REMAINDER, metavar="-- python ...", help="the command, as you would type it"
-    )
+    add("line", nargs=argparse.REMAINDER, metavar="-- python ...", help="the command, as you would type it")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say: become the command, whose exit status is ours."""
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = args.line[1:] if args.line[:1] == ["--"] else args.line
     interpreter, flags, rest = split_command(command)
     found = shutil.which(interpreter)
     if found is None:

@@ -37,8 +37,9 @@ class ImportHook(importlib.abc.MetaPathFinder):
         """The specification that the other finders give, with a loader that calls ``meet`` afterwards."""
         if fullname not in self.names:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]  # several hooks: each asks those behind it
+        specs = (each.find_spec(fullname, path, target) for each in behind if hasattr(each, "find_spec"))
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self.meet)
         return spec

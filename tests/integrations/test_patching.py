@@ -175,6 +175,15 @@ def test_accelerating_twice_leaves_the_first_in_place(project):
     assert sys.modules[f"{name}.main"].execute(1) == 3
 
 
+def test_two_accelerations_that_wait_for_the_same_module_both_see_it(project):
+    name = project()
+    known = known_of(name, project.folder)
+    with start(name, known) as first, start(name, known) as second:
+        importlib.import_module(f"{name}.main")
+        assert len(first.points) == len(second.points) == 3
+        assert sorted([len(first.replaced), len(second.replaced)]) == [0, 3]
+
+
 def test_corrections_reach_the_replacement_and_unknown_ones_are_refused(project):
     name = project()
     known = known_of(name, project.folder)

@@ -66,12 +66,18 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
     return accelerate_project(
         "research repositories",
         points,
-        read_json(Path(__file__).parent / "versions.json"),
+        known_versions(),
         root=project_root,
         fix=fix,
         fixes=FIXES,
         verbose=verbose,
     )
+
+
+def known_versions() -> dict[str, dict[str, str]]:
+    """Function -> hash of its source -> repository and commit."""
+    known: dict[str, dict[str, str]] = read_json(Path(__file__).parent / "versions.json")
+    return known
 
 
 def project_root(module: ModuleType) -> Path | None:
