@@ -113,7 +113,7 @@ def _name_of(script: Path) -> str:
 def _execute(path: Path, name: str, spec: importlib.machinery.ModuleSpec | None) -> None:
     """Execute the file as ``__main__``; its points are replaced behind the last definition of one."""
     module = ModuleType("__main__")
-    module.__file__ = str(path)
+    module.__file__ = os.path.abspath(path)
     module.__spec__ = spec
     module.__package__ = None if spec is None else spec.parent
     module.__dict__["__builtins__"] = sys.modules["builtins"]
