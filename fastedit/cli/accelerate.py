@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from ..errors import FasteditError
-from ..integrations.research.fixes import FIXES
+from ..integrations.research_fixes import FIXES
 from ..integrations.runner import child_command, split_command
 from . import common
 

@@ -17,8 +17,8 @@ from types import ModuleType
 from ...io import read_json
 from ..patching import accelerate_project
 from ..report import Report
+from ..research_fixes import FIXES
 from . import ahead, contexts, memit, projector, rome, statistics, ultraedit
-from .fixes import FIXES
 
 REPOSITORIES = (
     "kmeng01/rome",
@@ -53,7 +53,7 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
     names what was left alone, and counts the calls that went to the original because their input is not covered.
 
     Args:
-        fix: corrections of the published code, by name (:data:`.fixes.FIXES`); without them its numbers are kept.
+        fix: corrections of the published code, by name (:data:`fastedit.integrations.research_fixes.FIXES`); without them its numbers are kept.
         verbose: print what the original prints, once for each request and layer instead of once a step.
 
     Returns:
