@@ -53,7 +53,8 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
     names what was left alone, and counts the calls that went to the original because their input is not covered.
 
     Args:
-        fix: corrections of the published code, by name (:data:`fastedit.integrations.research_fixes.FIXES`); without them its numbers are kept.
+        fix: corrections of the published code, by name (:data:`~fastedit.integrations.research_fixes.FIXES`);
+            without them its numbers are kept.
         verbose: print what the original prints, once for each request and layer instead of once a step.
 
     Returns:

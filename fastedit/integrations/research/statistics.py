@@ -153,12 +153,16 @@ def _batches(context: Context, repository: str, call: Any) -> tuple[Any, int]:
 def _collect(
     context: Context, repository: str, call: Any, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, int, Tensor]]:
-    """By module name: Σ k kᵀ (d, d) float64, the number of tokens, and rows of k if the project keeps some."""
+    """By module name: Σ k kᵀ (d, d), the number of tokens, and rows of k if the project keeps some.
+
+    Sums are float64 if the file is to be, else float32, as the original's are.
+    """
     model = call.model
     places = _projections(model, names)
+    dtype = torch.float64 if call.precision in (None, "float64") else torch.float32
     device = next(model.parameters()).device
     sums = {
-        name: torch.zeros(each.d_in, each.d_in, dtype=torch.float64, device=each.weight.device)
+        name: torch.zeros(each.d_in, each.d_in, dtype=dtype, device=each.weight.device)
         for name, (_, each) in places.items()
     }
     wanted = 0
