@@ -25,6 +25,7 @@ VERBS = (
     "stats",
     "calibrate",
     "train",
+    "accelerate",
     "bench",
     "info",
 )
