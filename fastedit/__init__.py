@@ -52,6 +52,7 @@ _SUBPACKAGES = (
     "demo",
     "editors",
     "evaluation",
+    "integrations",
     "kernels",
     "memory",
     "models",

@@ -526,7 +526,8 @@ def _orientation(module: nn.Module, name: str) -> tuple[bool, int, int]:
     if isinstance(module, nn.Linear):
         return False, module.in_features, module.out_features
     if _is_conv1d(module):
-        return True, int(module.nx), int(module.nf)  # type: ignore[arg-type]
+        d_in, d_out = module.weight.shape  # older transformers does not keep d_in as an attribute
+        return True, int(d_in), int(d_out)
     raise UnsupportedModel(
         f"{name} is a {type(module).__name__}, neither Linear nor Conv1D, so how its weight is stored is not "
         "known; if the model is quantised, load it without quantisation"
