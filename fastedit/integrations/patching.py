@@ -41,14 +41,18 @@ class Context:
     Attributes:
         original: the function it replaces.
         version: the label of the known version that was met.
+        used: by path, the label of each function that the replacement stands for besides.
         fix: names of the corrections that are wanted; without them the original's numbers are kept.
         verbose: print what the original prints, once for each request or layer.
+        note: adds a line to the report.
     """
 
     original: Callable[..., Any]
     version: str
+    used: Mapping[str, str]
     fix: frozenset[str]
     verbose: bool
+    note: Callable[[str], None]
 
     @property
     def namespace(self) -> dict[str, Any]:
@@ -134,6 +138,16 @@ def accelerate_project(
     return _Patch(title, points, known, root, frozenset(fix), verbose).report
 
 
+def meet_main(name: str) -> None:
+    """Replace the points of module ``name`` in the main script, which is being run under that name."""
+    for patch in list(_active):
+        if name in patch.points:
+            patch.meet(sys.modules["__main__"], name)
+
+
+_active: list[_Patch] = []
+
+
 class _Patch:
     """The replaced points of one call of :func:`accelerate_project`."""
 
@@ -158,6 +172,7 @@ class _Patch:
             if name in sys.modules:
                 self.meet(sys.modules[name])
         self.hook.install()
+        _active.append(self)
 
     def meet(self, module: ModuleType, name: str | None = None) -> None:
         """Replace the points of a module that is loaded; ``name`` if it is known by another than its own."""
@@ -171,14 +186,13 @@ class _Patch:
             self.report.points[point.name] = entry
             try:
                 owner, key, original = _find(module, point.attribute)
-                used = {path: _follow(original, path) for path in point.uses}
+                used = {path: follow(original, path) for path in point.uses}
                 entry.version = self._version(original, point.name)
-                for function in used.values():
-                    self._version(function)
+                labels = {path: self._version(function) for path, function in used.items()}
             except _Unknown as reason:
                 entry.skipped = str(reason)
                 continue
-            context = Context(original, entry.version, self.fix, self.verbose)
+            context = Context(original, entry.version, labels, self.fix, self.verbose, self.report.note)
             new = _wrapper(original, point.make(context), used, entry)
             if isinstance(owner, type):
                 setattr(owner, key, new)
@@ -190,6 +204,8 @@ class _Patch:
     def restore(self) -> None:
         """Put the originals back, also in modules that were loaded since, and load others unchanged."""
         self.hook.remove()
+        if self in _active:
+            _active.remove(self)
         swaps = {id(each.new): (each.new, each.old) for each in self.bindings}
         for binding in reversed(self.bindings):
             binding.undo()
@@ -285,7 +301,7 @@ def _find(module: ModuleType, path: str) -> tuple[Any, str, Any]:
     return owner, key, found
 
 
-def _follow(function: Any, path: str) -> Any:
+def follow(function: Any, path: str) -> Any:
     """The original of what a dotted path of global names and attributes leads to, from a function."""
     found = function
     for name in path.split("."):
@@ -309,7 +325,7 @@ def _wrapper(
         start = time.perf_counter()
         try:
             for path, function in used.items():
-                if _follow(original, path) is not function:
+                if follow(original, path) is not function:
                     raise NotCovered(f"{path} was replaced by somebody else")
             answer = ours(*args, **kwargs)
         except (NotCovered, _Unknown) as reason:

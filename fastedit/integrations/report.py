@@ -55,6 +55,11 @@ class Report:
         """Put every original object back; a second call does nothing."""
         self._restore()
 
+    def note(self, text: str) -> None:
+        """Add a line, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def __enter__(self) -> Report:
         return self
 
