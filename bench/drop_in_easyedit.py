@@ -41,13 +41,20 @@ COLUMNS = (
 
 def main() -> None:
     """Compare the methods asked for, or run one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--easyedit", type=Path, required=True, help="folder of the clone")
     add("--prelude", type=Path, help="a script run first, for what EasyEdit's imports need here")
     add("--model", required=True, help="folder; its name decides about EasyEdit's way to load it")
     add("--stats", type=Path, help="statistics in EasyEdit's format")
-    add("--requests", type=Path, required=True, help="JSON list with prompt, subject, target_new, ground_truth")
+    add(
+        "--requests",
+        type=Path,
+        required=True,
+        help="JSON list with prompt, subject, target_new, ground_truth",
+    )
     add("--methods", nargs="+", default=["MEMIT", "AlphaEdit", "ROME", "WISE"])
     add("--n", type=int, default=10, help="facts")
     add("--batch", type=int, default=10, help="facts in a batch, where the method has batches")
@@ -144,7 +151,8 @@ def run_side(args: argparse.Namespace, method: str) -> None:
     model = editor.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     columns = {
-        name: [each[name] for each in requests] for name in ("prompt", "target_new", "ground_truth", "subject")
+        name: [each[name] for each in requests]
+        for name in ("prompt", "target_new", "ground_truth", "subject")
     }
     given: dict[str, Any] = {"subject": columns["subject"], "sequential_edit": True, "verbose": False}
     if method == "WISE":

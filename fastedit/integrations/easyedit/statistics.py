@@ -12,7 +12,7 @@ from ...errors import FasteditError
 from ...models import describe
 from ...models.describe import ModelDescription
 from ...stats import collect, npz_path
-from ..patching import Context, NotCovered
+from ..patching import Context, NotCovered, Point
 
 # The corpora that EasyEdit takes under its names for them.
 _CORPORA = {
@@ -103,3 +103,12 @@ def _describe(model: Any) -> ModelDescription:
         return describe(model)
     except FasteditError as error:
         raise NotCovered(f"the model is not covered: {error}") from None
+
+
+def points(models: str) -> list[Point]:
+    """The points in EasyEdit's package of methods."""
+    uses = ("TokenizedDataset.__getitem__", "length_collation", "flatten_masked_batch", "SecondMoment.add")
+    return [
+        Point(f"{models}.{package}.layer_stats:layer_stats", layer_stats, uses)
+        for package in ("rome", "r_rome")
+    ]

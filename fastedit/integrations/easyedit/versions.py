@@ -46,6 +46,10 @@ KNOWN: dict[str, dict[str, str]] = {
     "easyeditor.models.rome.layer_stats:layer_stats": {"d4bf0421ffdc21c0": _COMMIT},
     "easyeditor.models.rome.repr_tools:get_reprs_at_idxs": {"48500a180cd130aa": _COMMIT},
     "easyeditor.models.rome.repr_tools:get_words_idxs_in_templates": {"50d68e3e122bcf10": _COMMIT},
+    "easyeditor.models.rome.repr_tools:get_reprs_at_word_tokens": {"7ea776c67716296b": _COMMIT},
+    "easyeditor.models.rome.tok_dataset:TokenizedDataset.__getitem__": {"cf1321f01ba487f7": _COMMIT},
+    "easyeditor.models.rome.tok_dataset:length_collation": {"c5cc54261024a847": _COMMIT},
+    "easyeditor.models.rome.tok_dataset:flatten_masked_batch": {"4a946848441655a5": _COMMIT},
     "easyeditor.models.ultraedit.ULTRAEDIT:ULTRAEDIT.predict_param_shifts": {"e6ba9a4e33f968db": _COMMIT},
     "easyeditor.models.ultraedit.ULTRAEDIT:pad_tensor": {"e653e9f06bbc5f84": _COMMIT},
     "easyeditor.models.wise.WISE:WISE.edit": {"e2d0248afd96fb41": _COMMIT},
@@ -65,4 +69,5 @@ KNOWN: dict[str, dict[str, str]] = {
     "easyeditor.models.wise.merge.utils:magnitude": {"8f9df7d111765586": _COMMIT},
     "easyeditor.models.wise.utils:EarlyStopMeter.stop": {"06581745c054c94f": _COMMIT},
     "easyeditor.models.wise.utils:EarlyStopMeter.update": {"817445b872c2991f": _COMMIT},
+    "easyeditor.util.runningstats:SecondMoment.add": {"ae626d999b81ea92": _COMMIT},
 }
