@@ -20,7 +20,7 @@ import torch
 
 from ..patching import Point, accelerate_project
 from ..report import Report
-from . import memit, rome, statistics
+from . import grace, memit, rome, statistics, ultraedit, wise
 from .versions import KNOWN
 
 _BLOCKING = "CUDA_LAUNCH_BLOCKING"
@@ -29,7 +29,9 @@ _MODELS = f"{_PACKAGE}.models"
 
 
 def _points() -> list[Point]:
-    return [*statistics.points(_MODELS), *memit.points(_MODELS), *rome.points(_MODELS)]
+    return [
+        point for part in (statistics, memit, rome, wise, grace, ultraedit) for point in part.points(_MODELS)
+    ]
 
 
 def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:

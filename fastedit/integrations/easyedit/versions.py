@@ -69,5 +69,6 @@ KNOWN: dict[str, dict[str, str]] = {
     "easyeditor.models.wise.merge.utils:magnitude": {"8f9df7d111765586": _COMMIT},
     "easyeditor.models.wise.utils:EarlyStopMeter.stop": {"06581745c054c94f": _COMMIT},
     "easyeditor.models.wise.utils:EarlyStopMeter.update": {"817445b872c2991f": _COMMIT},
+    "easyeditor.trainer.algs.malmen.util:get_shape": {"f1c5a874b0908820": _COMMIT},
     "easyeditor.util.runningstats:SecondMoment.add": {"ae626d999b81ea92": _COMMIT},
 }
