@@ -21,7 +21,7 @@ class FrozenBlocks:
 
     Args:
         model: the model, with the adapter in the place of one of its modules; in evaluation mode.
-        adapter: the module that is trained.
+        adapter: the module that is trained; its ``layer`` is the module it stands for.
         tokens: what the original calls the model with.
 
     Attributes:
@@ -34,7 +34,7 @@ class FrozenBlocks:
         NotCovered: a model that our runner does not know, inputs besides ids, mask and labels, or a hook.
     """
 
-    def __init__(self, model: nn.Module, adapter: nn.Module, tokens: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, adapter: Any, tokens: Mapping[str, Tensor]) -> None:
         others = sorted(set(tokens) - _INPUTS)
         if others:
             raise NotCovered(f"the model is given {', '.join(others)}")
@@ -51,7 +51,8 @@ class FrozenBlocks:
             self.layer = inside[0]
             self.ids, self.mask = tokens["input_ids"], tokens["attention_mask"]
             self.positions = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
-            with torch.no_grad():
+            # the adapter itself must not see these passes: GRACE's draws random numbers whenever it is called
+            with torch.no_grad(), forward_replaced(adapter, adapter.layer):
                 calls = self.runner.capture(self.ids, self.mask, self.positions)
                 self.hidden = self.runner.run(calls, calls.embedded, 0, self.layer)
 
