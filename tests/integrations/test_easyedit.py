@@ -101,7 +101,8 @@ def prepared(load: Callable[[str], Any], family: str) -> tuple[Any, Any, Any]:
 
 def near(found: Tensor, wanted: Tensor) -> bool:
     """‖found − wanted‖ / ‖wanted‖ within 1e-3."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm()) < 1e-3
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def calls(report: Any, name: str) -> int:
@@ -170,11 +171,7 @@ def test_alphaedit_keeps_earlier_keys(family: str, load: Callable[[str], Any], a
     report = accelerated()
     found, cache = run()
     assert calls(report, "execute_AlphaEdit") == 2
-    assert any(
-        each.calls == 2
-        for name, each in report.points.items()
-        if name.endswith("Main:get_project") or "alphaedit" in name
-    )
+    assert calls(report, "get_project") == 2
     for ours, theirs in zip(found, wanted, strict=True):
         assert all(near(ours[name], theirs[name]) for name in theirs)
     assert near(cache + 0, wanted_cache)
@@ -241,7 +238,7 @@ def wise_config(family: str) -> SimpleNamespace:
         beta=4.0,
         gamma=2.0,
         save_freq=1,
-        merge_freq=2,
+        merge_freq=3,
         retrieve=True,
         replay=False,
     )
@@ -260,19 +257,23 @@ def test_wise_learns_the_same_memories(
         np.random.seed(3)
         module.edit_history, module.merge_group_edit_history = [], []
         wise = module.WISE(wise_config(family), tiny_model(family), layer)
-        for _ in range(3):  # the second saves and merges, the third begins anew
+        for _ in range(2):
             wise.edit(wise.config, tokens, act_mask=[None], deact_mask=[None])
-        return wise.get_adapter_layer()
+        memories = list(wise.get_adapter_layer().memory_weight)
+        wise.edit(wise.config, tokens, act_mask=[None], deact_mask=[None])  # ends with a merge
+        return wise.get_adapter_layer(), memories
 
-    wanted = run()
+    wanted, wanted_memories = run()
     report = accelerated()
-    found = run()
+    found, memories = run()
     assert calls(report, "WISE.edit") == 3
     assert calls(report, "WISEAdapter.generate_activation_mask") == 3
     assert calls(report, "GTA.execute") == 1
     assert (len(module.merge_group_edit_history), len(module.edit_history)) == (1, 1)
     base = wanted.original_layer.weight
-    for ours, theirs in zip(found.memory_weight, wanted.memory_weight, strict=True):
+    for ours, theirs in zip(
+        memories, wanted_memories, strict=True
+    ):  # a merge trims entries that differ by rounding
         assert near(ours - base, theirs - base)
     assert torch.equal(found.weight_mask.long(), wanted.weight_mask)
     assert found.acts == pytest.approx(wanted.acts, rel=1e-3)
@@ -288,6 +289,17 @@ def test_wise_falls_back_on_replay(load: Callable[[str], Any], accelerated: Any)
     for _ in range(2):
         wise.edit(config, tokens, act_mask=[None], deact_mask=[None])
     assert report.fell_back["easyeditor.models.wise.WISE:WISE.edit"] == {"replay of merged memories": 1}
+
+
+def test_ties_merge(load: Callable[[str], Any], accelerated: Any) -> None:
+    gta, generator = load("models.wise.merge.gta"), torch.Generator().manual_seed(0)
+    base = torch.nn.Parameter(torch.randn(7, 9, generator=generator), requires_grad=False)
+    tensors = [base + torch.randn(7, 9, generator=generator) for _ in range(3)]
+    merge = gta.GTA("magnitude", "sum", normalize=True)
+    wanted = merge.execute([0.2, 0.3, 0.5], base, tensors, 0.53)
+    report = accelerated()
+    torch.testing.assert_close(merge.execute([0.2, 0.3, 0.5], base, tensors, 0.53), wanted)
+    assert calls(report, "GTA.execute") == 1
 
 
 def test_other_merges_go_to_the_original(load: Callable[[str], Any], accelerated: Any) -> None:
