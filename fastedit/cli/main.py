@@ -23,6 +23,8 @@ VERBS = (
     "show",
     "export",
     "stats",
+    "targets",
+    "nullspace",
     "calibrate",
     "train",
     "accelerate",

@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
     device = str(local_device()) if args.device == "auto" else args.device
     with joined() as group:
         model, tokenizer = load_model(args.model, args.dtype, device)
-        layers = _layers(args.layers, model)
+        layers = layers_of(args.layers, model)
         settings = _settings(args)
         if args.out is None:
             texts = list(texts)
@@ -162,7 +162,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _layers(text: str | None, model: Any) -> list[int]:
+def layers_of(text: str | None, model: Any, method: str = "memit") -> list[int]:
+    """The layers that ``--layers`` names; None stands for those that ``method`` edits in this model."""
     from ..models import describe
 
     description = describe(model)
@@ -170,7 +171,7 @@ def _layers(text: str | None, model: Any) -> list[int]:
         from ..editors.base import editor_class
         from ..editors.params import resolve_params
 
-        return list(resolve_params("memit", editor_class("memit").Params, description, None).layers)
+        return list(resolve_params(method, editor_class(method).Params, description, None).layers)
     if text == "all":
         return list(range(description.n_layers))
     layers: set[int] = set()

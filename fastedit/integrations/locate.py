@@ -127,6 +127,8 @@ def value_rows(
     lookup: Lookup,
     trim: Callable[[list[int]], list[int]],
     context_length: int | None,
+    *,
+    special_tokens: bool = True,
 ) -> list[FactRows]:
     """All rows of each request, tokenised as the published code does.
 
@@ -137,6 +139,7 @@ def value_rows(
         lookup: templates with one ``{}`` and subjects -> index of each subject's last token; the project's own.
         trim: what the published code does to a target's ids.
         context_length: the model's, or None.
+        special_tokens: whether a target is tokenised with the special tokens that the tokenizer adds.
 
     Raises:
         NotCovered: an empty batch or target, or positions at which our rows would not be the published ones.
@@ -145,7 +148,10 @@ def value_rows(
         raise NotCovered("there is no request")
     if not contexts or contexts[0] != "{}":
         raise NotCovered("the first context template is not the bare one")
-    targets = [trim(list(tokenizer(request.target)["input_ids"])) for request in requests]
+    targets = [
+        trim(list(tokenizer(request.target, add_special_tokens=special_tokens)["input_ids"]))
+        for request in requests
+    ]
     if not all(targets):
         raise NotCovered("a target has no tokens")
     templates, subjects = [], []
