@@ -141,7 +141,7 @@ def run_side(args: argparse.Namespace, method: str) -> None:
     if args.side == "accelerated":
         from fastedit.integrations import easyedit
 
-        report = easyedit.accelerate()
+        report = easyedit.accelerate(training=True)
     import easyeditor
 
     hparams = settings(easyeditor, args, method)

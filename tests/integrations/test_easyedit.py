@@ -52,7 +52,7 @@ def accelerated(load: Callable[[str], Any]) -> Iterator[Any]:
     reports = []
 
     def accelerate(**options: Any) -> Any:
-        reports.append(easyedit.accelerate(**options))
+        reports.append(easyedit.accelerate(**{"training": True, **options}))
         return reports[-1]
 
     yield accelerate
@@ -427,3 +427,12 @@ def test_launch_blocking_is_removed_unless_it_is_the_users(
 def test_a_correction_that_there_is_none_of(load: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match="there is no wings"):
         easyedit.accelerate(fix=["wings"])
+
+
+def test_training_loops_are_replaced_on_request_only(load: Callable[[str], Any], accelerated: Any) -> None:
+    load("models.wise.WISE"), load("models.grace.GRACE")
+    report = accelerated(training=False)
+    assert not any(name.endswith((":WISE.edit", ":GRACE.edit")) for name in report.points)
+    assert any("training=True" in note for note in report.notes)
+    report.restore()
+    assert any(name.endswith(":WISE.edit") for name in accelerated().points)

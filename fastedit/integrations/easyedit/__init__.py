@@ -28,13 +28,16 @@ _PACKAGE = "easyeditor"
 _MODELS = f"{_PACKAGE}.models"
 
 
-def _points() -> list[Point]:
-    return [
-        point for part in (statistics, memit, rome, wise, grace, ultraedit) for point in part.points(_MODELS)
-    ]
+_TRAINING = ("WISE.edit", "GRACE.edit")
 
 
-def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
+def _points(training: bool) -> list[Point]:
+    parts = (statistics, memit, rome, wise, grace, ultraedit)
+    points = [point for part in parts for point in part.points(_MODELS)]
+    return [point for point in points if training or point.attribute not in _TRAINING]
+
+
+def accelerate(*, training: bool = False, fix: Collection[str] = (), verbose: bool = False) -> Report:
     """Import EasyEdit and replace what is known of it.
 
     Importing EasyEdit sets ``CUDA_LAUNCH_BLOCKING=1`` for the whole process, which makes every kernel wait for the
@@ -42,6 +45,9 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
     this before anything uses the GPU.
 
     Args:
+        training: replace the training of WISE and GRACE too. Each step is the original's to rounding, but runs of
+            many steps amplify rounding, so that the weights at the end may differ by more than 1e-3 of their change,
+            as they do between two machines.
         fix: names of corrections of its defects; there are none yet, its numbers are kept.
         verbose: print once for each layer and request what the original prints for each step.
 
@@ -54,8 +60,13 @@ def accelerate(*, fix: Collection[str] = (), verbose: bool = False) -> Report:
         ValueError: a correction that there is none of.
     """
     notes = _import()
-    report = accelerate_project("EasyEdit", _points(), KNOWN, root=_root, fix=fix, fixes=(), verbose=verbose)
+    points = _points(training)
+    report = accelerate_project("EasyEdit", points, KNOWN, root=_root, fix=fix, fixes=(), verbose=verbose)
     report.notes += notes
+    if not training:
+        report.notes.append(
+            "training of WISE and GRACE is the original's; accelerate(training=True) replaces it"
+        )
     return report
 
 
