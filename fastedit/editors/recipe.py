@@ -61,6 +61,7 @@ class RecipeParams:
         return {}
 
 
+_TOKENS_PER_BYTE = 11  # at most: one for each byte, after a normalisation (NFKC) that lengthens texts up to so much
 _SPECIALS = 16  # tokens that a tokenizer may add to a text, at most
 
 
@@ -206,8 +207,8 @@ class Recipe(Editor):
         limit = self.description.context_length
         n_prompt = self.parts.networks.sizes.prompt_tokens
         for fact in facts:
-            # no tokenizer makes more tokens of a text than it has bytes, special tokens apart
-            if limit is None or n_prompt + len(f"{fact.text}{fact.target}".encode()) + _SPECIALS <= limit:
+            n_bytes = len(f"{fact.text}{fact.target}".encode())
+            if limit is None or n_prompt + _TOKENS_PER_BYTE * n_bytes + _SPECIALS <= limit:
                 continue
             try:
                 target = target_ids(self.tokenizer, fact.target)
