@@ -61,7 +61,9 @@ class RecipeParams:
         return {}
 
 
-_TOKENS_PER_BYTE = 11  # at most: one for each byte, after a normalisation (NFKC) that lengthens texts up to so much
+_TOKENS_PER_BYTE = (
+    11  # at most: one for each byte, after a normalisation (NFKC) that lengthens texts up to so much
+)
 _SPECIALS = 16  # tokens that a tokenizer may add to a text, at most
 
 
