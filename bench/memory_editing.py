@@ -31,7 +31,7 @@ from fastedit.bench import common
 from fastedit.bench.baselines.grace import PublishedGrace
 from fastedit.bench.baselines.t_patcher import PlainTPatcher
 from fastedit.bench.baselines.wise import PublishedWise, ties_by_sort
-from fastedit.bench.editing import CONTEXTS, MODELS, counterfacts, load
+from fastedit.bench.editing import MODELS, contexts, counterfacts, load
 from fastedit.editors.t_patcher import text_queries
 from fastedit.memory import clear_memories
 from fastedit.models import describe
@@ -118,7 +118,7 @@ class Wise(Method):
     def ours(self, steps: int, profile: str) -> Any:
         params = {**self.settings, "layers": [self.layer], "steps": steps}
         return fastedit.editor(
-            "wise", self.model, self.tokenizer, params=params, contexts=CONTEXTS, profile=profile, progress=False
+            "wise", self.model, self.tokenizer, params=params, contexts=contexts(), profile=profile, progress=False
         )  # fmt: skip
 
     def published(self, steps: int) -> PublishedWise:
@@ -130,7 +130,7 @@ class Wise(Method):
         }  # fmt: skip
         shape = self.projection.d_out, self.projection.d_in
         mask = PhiloxMask(0, 0, self.layer, given["mask_ratio"]).dense(shape).to(self.device)
-        return PublishedWise(self.model, self.tokenizer, hparams, CONTEXTS, [mask])
+        return PublishedWise(self.model, self.tokenizer, hparams, contexts(), [mask])
 
     def edit_as_published(self, side: PublishedWise, facts: list[Fact]) -> None:
         for fact in facts:

@@ -60,7 +60,7 @@ class Nse(MemitCache):
 
     State beside the model: the original bits of the edited projections (shared with the record of edits, if that
     has them), the keys of all facts, and the targets given to :meth:`optimise_targets`; for each layer a float64
-    factor of λC, d × d, and with p < 1 also λC itself and λC + C_p, from which the systems of few neurons are cut.
+    factor of λC, d × d, and with p < 1 also λC + C_p, from which the systems of few neurons are cut.
 
     Attributes:
         routes: by layer, the way its last restricted solve took (:meth:`fastedit.ops.CovarianceFactor.route`).

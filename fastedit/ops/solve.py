@@ -336,8 +336,8 @@ class CovarianceFactor:
         layer: named in errors.
         inverse: keep λC and its inverse instead of the Cholesky factor; where refinement would not make up
             for C's condition, or C is not definite, the factor is kept all the same.
-        keep_matrix: keep λC beside its factor: :meth:`restricted` then gathers from it, and from a second
-            matrix with the keys appended once there are any.
+        keep_matrix: keep λC too, in the unused triangle of its factor, and λC with the keys appended as a
+            second matrix once :meth:`restricted` needs it to gather from.
 
     Raises:
         NumericalError: C is not finite, or neither Cholesky nor LU can factor it.
@@ -375,7 +375,11 @@ class CovarianceFactor:
                 self._inverse, self._cholesky = candidate, None
             else:
                 logger.info("the statistics of layer %s are too ill-conditioned to keep their inverse", layer)
-        if self._cholesky is not None and not keep_matrix:
+        self._diagonal: Tensor | None = None  # of λC, whose other elements stand above the factor's
+        if self._cholesky is not None:
+            if keep_matrix:
+                self._diagonal = matrix.diagonal().clone()
+                self._cholesky += matrix.triu_(1)
             self._matrix = None
         self._dual = DualSolver(self.d, 1.0)
         self._latest: tuple[Tensor, int, Tensor, Tensor | None] | None = None
@@ -388,6 +392,10 @@ class CovarianceFactor:
     def rank(self) -> int:
         """The number of keys appended."""
         return self._dual.rank
+
+    @property
+    def _has_matrix(self) -> bool:
+        return self._matrix is not None or self._diagonal is not None
 
     def solve(self, right: Tensor) -> Tensor:
         """(λC)⁻¹ right, float64, for right (d, n); keys appended play no part."""
@@ -501,12 +509,12 @@ class CovarianceFactor:
         """
         u = self.d - s
         with_whole = 2 * self.d**2 + 4 * self.d * self.rank  # one solve with the whole factor
-        product = s * s * (self.rank + 2 * self.d) if self._matrix is None else 0
+        product = 0 if self._has_matrix else s * s * (self.rank + 2 * self.d)
         costs = {
             "gathered": product + s**3 / 3 + 2 * s * s * n,
             "complement": with_whole * (n + u) + u**3 / 3,
         }
-        if self._matrix is not None:
+        if self._has_matrix:
             costs["iterated"] = _CG_STEPS * (with_whole + 2 * s * s) * n
         return min(costs, key=lambda name: costs[name])
 
@@ -536,7 +544,7 @@ class CovarianceFactor:
         return None
 
     def _solve_gathered(self, inner: Tensor, selected: Tensor) -> Tensor:
-        if self._matrix is not None:
+        if self._has_matrix:
             system = gather_square(self._with_appended(), selected)
         else:
             assert self._cholesky is not None
@@ -565,11 +573,8 @@ class CovarianceFactor:
         return Y if self._cholesky is None else torch.linalg.solve_triangular(self._cholesky.T, Y, upper=True)
 
     def _with_appended(self) -> Tensor:
-        """λC + GGᵀ, (d, d) float64: a second matrix beside λC, to which each batch is added once, in order."""
-        assert self._matrix is not None
-        if not self.rank:
-            return self._matrix
-        matrix, held = self._folded or (self._matrix.clone(), 0)
+        """λC + GGᵀ, (d, d) float64: a matrix of its own, to which each batch is added once, in order."""
+        matrix, held = self._folded or (self._copy_of_matrix(), 0)
         for rank in self._batches:
             if rank > held:
                 keys = self._appended(held, rank)
@@ -578,11 +583,21 @@ class CovarianceFactor:
         self._folded = matrix, held
         return matrix
 
+    def _copy_of_matrix(self) -> Tensor:
+        """λC, (d, d) float64."""
+        if self._matrix is not None:
+            return self._matrix.clone()
+        assert self._cholesky is not None and self._diagonal is not None
+        matrix = self._cholesky.triu(1)
+        matrix += matrix.T.clone()
+        matrix.diagonal().copy_(self._diagonal)
+        return matrix
+
     def _appended(self, start: int = 0, stop: int | None = None) -> Tensor:
         """G: (d, r), from what the dual solver stores; or its columns from ``start`` to ``stop``."""
         stored = self._dual.features[:, start:stop]
         if self._cholesky is not None:
-            return self._cholesky @ stored
+            return self._cholesky.tril() @ stored
         assert self._matrix is not None
         return self._matrix @ stored
 
