@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..facts import Fact
 from ..models.runner import BlockCalls, BlockRunner, Prefix
-from ..models.tokens import pad_batch
 from ..progress import progress
 from .prompts import FactRows
 from .token_losses import token_losses
@@ -279,11 +278,13 @@ def adam_step(
 def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recorded:
     """Run all rows once through the whole decoder; keep what the suffixes need."""
     flat = [row for fact in rows for row in (*fact.targets, fact.neutral)]
-    ids, mask, positions = (t.to(runner.device) for t in pad_batch([row.ids for row in flat], pad_id=0))
+    rows_behind = runner.behind_shared_starts([row.ids for row in flat], [row.subject_last for row in flat])
+    ids, begun = rows_behind.ids, rows_behind.begun
     starts = torch.tensor([row.subject_last for row in flat], device=ids.device)
     lengths = torch.tensor([len(row.ids) for row in flat], device=ids.device)
     suffix = int((lengths - starts).max())
-    columns = (starts[:, None] + torch.arange(suffix, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    places = starts - begun
+    columns = (places[:, None] + torch.arange(suffix, device=ids.device)).clamp(max=ids.shape[1] - 1)
     seen: dict[str, Tensor] = {}
 
     # Indexing copies, which matters: some models add to these tensors in place further on.
@@ -292,12 +293,14 @@ def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recor
         seen["block"] = at_columns(hidden, columns)
 
     def keep_mlp(_module: object, _args: object, out: Tensor) -> None:
-        seen["mlp"] = at_columns(out.reshape(*ids.shape, -1), starts[:, None])[:, 0]
+        seen["mlp"] = at_columns(out.reshape(*ids.shape, -1), places[:, None])[:, 0]
 
     description = runner.description
     hooks = [(description.blocks[layer], keep_block), (description.projection(layer).module, keep_mlp)]
-    _, pairs = runner.record(ids, mask, positions, hooks)
-    prefix = Prefix.before(starts, pairs, layer + 1)
+    shared = rows_behind.prefix
+    _, pairs = runner.record(ids, rows_behind.mask, rows_behind.positions, hooks, shared)
+    padding = None if shared is None else shared.mask.shape[1] - begun
+    prefix = Prefix.before(starts, pairs, layer + 1, padding)
     return _Recorded(torch.gather(ids, 1, columns), lengths, starts, seen["block"], seen["mlp"], prefix)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..errors import UnsupportedModel
 from .describe import ModelDescription, describe
+from .tokens import pad_batch, shared_starts
 
 
 class _Stop(Exception):
@@ -52,20 +53,28 @@ class Prefix:
     mask: Tensor
 
     @classmethod
-    def before(cls, starts: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], first: int) -> Prefix:
+    def before(
+        cls,
+        starts: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        first: int = 0,
+        padding: Tensor | None = None,
+    ) -> Prefix:
         """The positions before each row's start, of blocks ``first`` and up.
 
         Args:
             starts: (rows,) int64, where each row's live part begins.
             pairs: keys and values of whole rows, as :meth:`BlockRunner.record` returns them.
             first: lower blocks are left out.
+            padding: (rows,) int64, columns of the pairs before each row's first position; None for none.
         """
         width = max(int(starts.max()), 1)
         take = torch.arange(width, device=starts.device) - (width - starts[:, None])
         mask = (take >= 0).long()
+        place = take.clamp(min=0) if padding is None else take.clamp(min=0) + padding[:, None]
 
         def align(tensor: Tensor) -> Tensor:
-            columns = take.clamp(min=0).to(tensor.device)[:, None, :, None]
+            columns = place.to(tensor.device)[:, None, :, None]
             return torch.gather(tensor, 2, columns.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
         states = [
@@ -107,19 +116,25 @@ class BlockRunner:
 
     @torch.no_grad()
     def record(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, hooks: Sequence[tuple[nn.Module, Any]] = ()
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        hooks: Sequence[tuple[nn.Module, Any]] = (),
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run the decoder over whole rows, keeping every block's attention keys and values.
 
         Args:
             ids: (rows, length) int64, right padded.
-            mask: (rows, length) int64, 1 at real tokens.
-            positions: (rows, length) int64.
+            mask: (rows, prefix length + length) int64, 1 at real tokens.
+            positions: (rows, length) int64, absolute.
             hooks: (module, forward hook) pairs active during the pass.
+            prefix: keys and values of the tokens before, of all blocks; None if the rows start here.
 
         Returns:
             The hidden states after the final norm (rows, length, hidden), and per block the pair
-            (rows, heads, length, head size).
+            (rows, heads, prefix length + length, head size).
         """
         with _hooked(hooks):
             if self.tuple_cache:
@@ -127,7 +142,8 @@ class BlockRunner:
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
                 )
                 return out.last_hidden_state, [_checked_pair(pair) for pair in out.past_key_values]
-            cache = _new_cache()
+            cache = _new_cache() if prefix is None else self._frozen_cache(prefix)
+            cache.frozen, before = False, dict(cache.seen)
             out = self.description.decoder(
                 input_ids=ids,
                 attention_mask=mask,
@@ -135,7 +151,29 @@ class BlockRunner:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return out.last_hidden_state, [cache.seen[i] for i in range(self.description.n_layers)]
+        pairs = [cache.seen[i] for i in range(self.description.n_layers)]
+        if prefix is not None:
+            pairs = [
+                (torch.cat((before[i][0], keys), 2), torch.cat((before[i][1], values), 2))
+                for i, (keys, values) in enumerate(pairs)
+            ]
+        return out.last_hidden_state, pairs
+
+    @torch.no_grad()
+    def behind_shared_starts(self, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> SharedRows:
+        """Run once what several rows begin with; see :func:`fastedit.models.tokens.shared_starts`."""
+        starts, of = shared_starts(rows, [0] * len(rows) if self.tuple_cache else limits)
+        begun = [len(starts[number]) for number in of]
+        behind = [row[count:] for row, count in zip(rows, begun, strict=True)]
+        ids, mask, positions = (tensor.to(self.device) for tensor in pad_batch(behind, pad_id=0))
+        if len(starts) == 1:
+            return SharedRows(ids, mask, positions, torch.zeros_like(ids[:, 0]), None)
+        whole = SharedStarts(self, starts)
+        _, pairs = self.record(whole.ids, whole.mask, whole.positions)
+        prefix = Prefix.before(whole.lengths, pairs).select(torch.tensor(of, device=self.device))
+        started = torch.tensor(begun, device=self.device)
+        positions += started[:, None] * mask
+        return SharedRows(ids, torch.cat((prefix.mask, mask), 1), positions, started, prefix)
 
     @torch.no_grad()
     def capture(
@@ -285,6 +323,68 @@ class BlockRunner:
         return cache
 
 
+@dataclass
+class SharedRows:
+    """Token rows, each behind the beginning that it shares with others.
+
+    Attributes:
+        ids: (rows, length) int64, right padded.
+        mask: (rows, prefix length + length) int64, 1 at real tokens.
+        positions: (rows, length) int64, absolute.
+        begun: (rows,) int64, the tokens before.
+        prefix: their keys and values; None if no row shares anything.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    begun: Tensor
+    prefix: Prefix | None
+
+
+class SharedStarts:
+    """Beginnings of token rows, run block by block, for the rows behind them.
+
+    Args:
+        runner: the model.
+        starts: ids, as :func:`fastedit.models.tokens.shared_starts` gives them.
+    """
+
+    def __init__(self, runner: BlockRunner, starts: Sequence[Sequence[int]]) -> None:
+        self.runner = runner
+        padded = pad_batch([start or [0] for start in starts], pad_id=0)
+        self.ids, self.mask, self.positions = (tensor.to(runner.device) for tensor in padded)
+        self.lengths = torch.tensor([len(start) for start in starts], device=runner.device)
+
+    @cached_property
+    def calls(self) -> BlockCalls:
+        """The blocks' arguments, with a cache that keeps what it is given."""
+        self._cache = _new_cache()
+        self._cache.records = True
+        return self.runner._capture(self.ids, self.mask, self.positions, self._cache)
+
+    def run(self, layer: int, states: Tensor) -> tuple[Tensor, Prefix]:
+        """States (starts, length, hidden) after a block, and what rows behind them see there."""
+        out = self.runner.run(self.calls, states, layer, layer + 1)
+        return out, Prefix.before(self.lengths, [self._cache.seen.pop(layer)])
+
+    def capture(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, of: Tensor
+    ) -> tuple[BlockCalls, dict[int, tuple[Tensor, Tensor]]]:
+        """The blocks' arguments for rows behind the starts numbered ``of``.
+
+        Returns:
+            The arguments, and where a block's keys and values of these starts must stand before it is run.
+        """
+        _, prefix = self.run(0, self.calls.embedded)
+        prefix = Prefix(
+            [*prefix.states, *[None] * (self.runner.description.n_layers - 1)], prefix.mask
+        ).select(of)
+        cache = self.runner._frozen_cache(prefix)
+        positions = positions + self.lengths[of][:, None] * mask
+        return self.runner._capture(ids, torch.cat((prefix.mask, mask), 1), positions, cache), cache.seen
+
+
 class RowEnds:
     """The last block for the ends of rows, differentiable.
 
@@ -392,7 +492,7 @@ def _replaced_forward(modules: Sequence[nn.Module], forward: Any) -> Iterator[No
 def _new_cache() -> Any:
     """A cache that remembers what it was given, and ends the pass if it ``stops``.
 
-    Once ``frozen`` it appends without storing.
+    If it ``records``, it remembers the latest alone; once ``frozen`` it appends without storing.
     """
     global _CACHE_CLASS
     if _CACHE_CLASS is None:
@@ -400,6 +500,7 @@ def _new_cache() -> Any:
 
         class FreezableCache(DynamicCache):
             frozen = False
+            records = False
             stops = False
 
             def __init__(self) -> None:
@@ -413,6 +514,8 @@ def _new_cache() -> Any:
                     self.seen[layer_idx] = (key_states, value_states)
                     if self.stops:
                         raise _Stop
+                    if self.records:
+                        return key_states, value_states
                     return super().update(key_states, value_states, layer_idx, *args, **kwargs)
                 keys, values = self.seen[layer_idx]
                 return torch.cat((keys, key_states), -2), torch.cat((values, value_states), -2)

@@ -7,6 +7,7 @@ the left of the unpadded encoding, a BOS token included, so batches must be padd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +169,39 @@ def pad_batch(
         mask[index, place] = 1
         positions[index, place] = torch.arange(len(row))
     return ids, mask, positions
+
+
+def shared_starts(
+    rows: Sequence[Sequence[int]], limits: Sequence[int], least: int = 4
+) -> tuple[list[list[int]], list[int]]:
+    """Beginnings that several token rows share, such as a context that prompts stand in.
+
+    Rows that begin with the same ``least`` tokens share all that they have in common; the others share nothing.
+
+    Args:
+        rows: ids.
+        limits: for each row, how many of its tokens a beginning may take.
+        least: beginnings that are shorter are not worth sharing.
+
+    Returns:
+        The beginnings, the first of which is empty, and for each row the number of its own.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+        if limit >= least:
+            alike.setdefault(tuple(row[:least]), []).append(index)
+    starts: list[list[int]] = [[]]
+    of = [0] * len(rows)
+    for members in alike.values():
+        if len(members) == 1:
+            continue
+        length = min(limits[index] for index in members)
+        columns = zip(*(rows[index][:length] for index in members), strict=True)
+        shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        for index in members:
+            of[index] = len(starts)
+        starts.append(shared)
+    return starts, of
 
 
 def _encode(

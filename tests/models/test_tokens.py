@@ -23,6 +23,7 @@ from fastedit.models import (
     target_ids,
     tokenize_prompt,
 )
+from fastedit.models.tokens import shared_starts
 
 REAL = ("gpt2", "llama2", "gpt-neox")
 _loaded: dict[str, object] = {}
@@ -250,3 +251,16 @@ def test_pad_id_without_pad_token():
     assert pad_id(tokenizer) == 0
     assert pad_id(load("gpt2")) == 50256
     assert load("gpt2").pad_token_id is None
+
+
+def test_shared_starts_take_what_rows_with_the_same_first_tokens_have_in_common() -> None:
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 9], [7, 7, 7, 7, 1], [1, 2, 3, 4, 5, 6, 7], [1, 2]]
+    starts, of = shared_starts(rows, [5, 5, 4, 6, 1])
+    assert starts == [[], [1, 2, 3, 4, 5]]
+    assert of == [1, 1, 0, 1, 0]
+
+
+def test_shared_starts_leave_each_row_its_end() -> None:
+    starts, of = shared_starts([[1, 2, 3, 4, 5, 6]] * 2, [4, 5])
+    assert (starts, of) == ([[], [1, 2, 3, 4]], [1, 1])
+    assert shared_starts([[1, 2, 3, 4, 5, 6]] * 2, [3, 5]) == ([[]], [0, 0])
