@@ -52,6 +52,7 @@ from fastedit.editors.recipe_training import (
     examples_of,
     row_of,
 )
+from fastedit.editors.training_loop import adam
 from fastedit.memory import clear_memories, route_info
 from fastedit.memory.encoder import TextEncoder
 from fastedit.memory.recipe import RecipeMemory, RecipeNetworks, RecipeSizes, knowledge_text, write_checkpoint
@@ -158,7 +159,7 @@ def _training(
         difference = max(abs(mine[name] - wanted[name]) / abs(wanted[name]) for name in wanted)
         if not difference < 1e-4:
             raise SystemExit(f"the losses differ by {difference:.2g}: {mine}, {wanted}: nothing was timed")
-        optimiser = torch.optim.Adam(learner.groups())
+        optimiser = adam(learner.groups())
         places = {"ours": iter(range(len(batches))), "theirs": iter(range(len(batches)))}
 
         def step() -> None:

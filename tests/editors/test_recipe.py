@@ -412,7 +412,7 @@ def test_an_encoder_without_a_pooler_or_a_stack(tmp_path: Path) -> None:
     BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
     encoder = TextEncoder.load(folder)
     assert encoder.module.pooler is None  # it would be another one at every load
-    states = next(encoder.states(["Rome"]))[0]
+    _, states, _ = next(encoder.states(["Rome"]))
     assert torch.equal(encoder.statistics(["Rome"])[0, : encoder.width], states[0, 0])
     plain = DistilBertModel(DistilBertConfig(vocab_size=320, dim=16, n_layers=1, n_heads=2, hidden_dim=32))
     with pytest.raises(FasteditError, match="BERT or RoBERTa type"):
