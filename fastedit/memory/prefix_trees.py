@@ -123,12 +123,13 @@ class Tree:
 def side_by_side(sizes: Sequence[int], d_model: int) -> list[list[int]]:
     """Divide trees over rows for the least work: long rows need little padding, short ones little attention.
 
-    A block of width D costs 12 D² a token, and the products with T keys and values 2 T D.
+    A block of width D costs 12 D² a token, and the products with T keys and values 2 T D. Numbers of rows that are
+    powers of two are tried.
 
     Returns:
         For each row the numbers of its trees.
     """
-    layouts = (_balanced(sizes, count) for count in range(1, len(sizes) + 1))
+    layouts = (_balanced(sizes, 1 << power) for power in range(len(sizes).bit_length()))
 
     def work(rows: list[list[int]]) -> int:
         width = max(sum(sizes[number] for number in row) for row in rows)
@@ -245,7 +246,8 @@ def _one_by_one(
     of: Sequence[int],
 ) -> list[Tensor]:
     """The same with a row for each text."""
-    device = describe(model).decoder.get_input_embeddings().weight.device
+    decoder: Any = describe(model).decoder
+    device = decoder.get_input_embeddings().weight.device
     ids, mask, _ = (t.to(device) for t in pad_batch(texts, 0))
     states = prefixed_states(model, ids, mask, prompts[torch.tensor(of, device=prompts.device)])
     return [row[place.start : place.stop] for row, place in zip(states, places, strict=True)]
