@@ -405,8 +405,11 @@ class PrefixSide(SideModule):
             return None
         cache, width, wanted, first = call.noted.pop(_NOTED)
         cache.__dict__.pop("update", None)
+        if first is not None and out is None:  # the call failed, and the cache has nothing in front
+            routes_on(cache).pop(self.key, None)
+            return None
         hide_columns(cache, width)
-        if first is not None and out is not None:
+        if first is not None:
             _require_all(first.seen, describe(self.model).n_layers)
             self.read.put(first.read(), first.source, self.memory.kept_bytes)
             out = _behind(out, width)
