@@ -29,7 +29,7 @@ import inspect
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -300,7 +300,7 @@ def read(model: nn.Module, prefixes: Sequence[Prefix], leading: Sequence[int]) -
     ]
 
 
-def _require_all(states: Sequence[Any], n_layers: int) -> None:
+def _require_all(states: Sized, n_layers: int) -> None:
     if len(states) != n_layers:
         raise UnsupportedModel(
             f"a prefix needs keys and values in all {n_layers} blocks, found them in {len(states)}"
