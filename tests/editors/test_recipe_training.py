@@ -242,7 +242,7 @@ def test_the_encoder_is_trained_too(encoder: Path) -> None:
     ):
         assert (mine is None) == (theirs is None)
         if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)  # norms are fp32
 
 
 # ------------------------------------------------------------------ records
