@@ -12,10 +12,12 @@ training  steps per second of ``fastedit train recipe`` against the published wa
           same networks, records, draws and losses, which are compared before anything is timed; without dropout. Both
           with the encoder in training, and with a frozen one, whose output fastedit reads once.
 adding    facts per second of one edit of many facts, against the encoder alone on the same texts.
-serving   time to the first token against the encoder on the prompts plus the unedited model's first token, and time
-          of later tokens against the unedited model's. Every prompt finds a fact. "first_token": its soft prompt is
-          read for the first time; "again": other words of the prompt have been answered before, but not these, so the
-          encoder runs and the soft prompt's keys and values are there.
+serving   every prompt finds a fact. "first token": its time less the encoder's on the prompts, over the unedited
+          model's first token, where the soft prompts are read for the first time; "as_long" is the same over the
+          unedited model's first token of prompts that are longer by the vectors of a soft prompt: what is left if
+          these positions are not counted. "again": other words of the prompt have been answered before, but not
+          these, so the encoder runs and the soft prompts' keys and values are there. "later tokens": of both models
+          in turn, token by token. All are medians of ratios of neighbouring runs.
 
 The language model has GPT-2-small's shape and random weights. Searching 1,000,000 keys is measured by
 bench/retrieval.py.
@@ -41,7 +43,7 @@ from fastedit import Fact
 from fastedit.bench import common, retrieval_quality
 from fastedit.bench.baselines.recipe import PublishedBatch, PublishedRecipe, Row
 from fastedit.bench.editing import load
-from fastedit.bench.serving import Inputs, encoded, prefill, timed, twin
+from fastedit.bench.serving import Inputs, encoded, prefill, twin
 from fastedit.data import records_from
 from fastedit.editors.recipe import Recipe
 from fastedit.editors.recipe_training import (
@@ -52,6 +54,7 @@ from fastedit.editors.recipe_training import (
     examples_of,
     row_of,
 )
+from fastedit.editors.training_loop import adam
 from fastedit.memory import clear_memories, route_info
 from fastedit.memory.encoder import TextEncoder
 from fastedit.memory.recipe import RecipeMemory, RecipeNetworks, RecipeSizes, knowledge_text, write_checkpoint
@@ -63,7 +66,7 @@ MODEL = "gpt2-small-shape"
 PARTS = ("training", "adding", "serving")
 COLUMNS = (
     "part", "case", "batch", "facts", "rate_per_s", "other_per_s", "speedup", "cpu_speedup", "ms", "other_ms",
-    "ratio", "cpu_ratio", "difference", "routed",
+    "ratio", "cpu_ratio", "as_long", "difference", "routed",
 )  # fmt: skip
 SIZES: dict[str, Any] = {"dim": 512, "prompt_tokens": 3, "sentinel_tokens": 10}
 
@@ -71,24 +74,41 @@ SIZES: dict[str, Any] = {"dim": 512, "prompt_tokens": 3, "sentinel_tokens": 10}
 # ---- timing ---------------------------------------------------------------------------------------------
 
 
-def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of the clock and of the processor of each run, in turn; the first round is not counted."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+Sample = tuple[float, float]  # seconds of the clock and of the processor
+
+
+def measured(run: Callable[[], Any]) -> Sample:
+    """The time of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Sample]]:
+    """The time of each run, in turn; the first round is not counted."""
+    found: dict[str, list[Sample]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         names = [*list(runs)[turn % len(runs) :], *list(runs)[: turn % len(runs)]]
         for name in names:
-            wall, cpu = time.perf_counter(), time.process_time()
-            runs[name]()
-            found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            found[name].append(measured(runs[name]))
     return {name: samples[1:] for name, samples in found.items()}
 
 
-def compared(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+def less(one: Sample, other: Sample) -> Sample:
+    return one[0] - other[0], one[1] - other[1]
+
+
+def medians(samples: Sequence[Sample]) -> float:
+    """Median seconds of the clock."""
+    return statistics.median(seconds for seconds, _ in samples)
+
+
+def compared(one: Sequence[Sample], other: Sequence[Sample]) -> tuple[float, ...]:
     """Median seconds of both by the clock, and the median ratios one / other by the clock and by the processor."""
     clock, processor = (
         statistics.median(a[part] / b[part] for a, b in zip(one, other, strict=True)) for part in (0, 1)
     )
-    return (*(statistics.median(seconds for seconds, _ in each) for each in (one, other)), clock, processor)
+    return medians(one), medians(other), clock, processor
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -158,7 +178,7 @@ def _training(
         difference = max(abs(mine[name] - wanted[name]) / abs(wanted[name]) for name in wanted)
         if not difference < 1e-4:
             raise SystemExit(f"the losses differ by {difference:.2g}: {mine}, {wanted}: nothing was timed")
-        optimiser = torch.optim.Adam(learner.groups())
+        optimiser = adam(learner.groups())
         places = {"ours": iter(range(len(batches))), "theirs": iter(range(len(batches)))}
 
         def step() -> None:
@@ -274,45 +294,74 @@ def _serving(
     routed = sum(row[0]["route"] is not None for row in route_info(model)) / len(texts)
     parts = memory.parts
     assert parts is not None
+    n = parts.networks.sizes.prompt_tokens
+    longer = {name: torch.cat((each, each[:, -1:].expand(-1, n)), 1) for name, each in inputs.items()}
 
-    def forget(prompts_too: bool) -> None:
+    def edited(prompts_too: bool) -> None:
         memory._queries.clear()
         if prompts_too:
             memory.version += 1
-
-    def separately() -> None:
-        with torch.no_grad():
-            parts.encoder.statistics(texts)
-        prefill(unedited, inputs)
-
-    def again() -> None:
-        forget(False)
         prefill(model, inputs)
 
-    def anew() -> None:
-        forget(True)
-        prefill(model, inputs)
+    @torch.no_grad()
+    def encode() -> None:
+        parts.encoder.statistics(texts)
 
-    found = turns({"again": again, "first token": anew, "separately": separately}, options.rounds)
-    head = {"batch": len(texts), "routed": routed}
-    rows = []
-    for case in ("first token", "again"):
-        seconds, other, ratio, cpu = compared(found[case], found["separately"])
-        numbers = {"ms": seconds * 1e3, "other_ms": other * 1e3, "ratio": ratio, "cpu_ratio": cpu}
-        rows.append({"case": case, **head, **numbers})
-    later: dict[str, list[float]] = {"ours": [], "unedited": []}
-    for turn in range(options.rounds + 1):
-        sides = (("ours", model), ("unedited", unedited))
-        for name, each in sides if turn % 2 else sides[::-1]:
-            later[name].append(timed(each, inputs, options.new_tokens, "cpu")[1])
-    ours, others = later["ours"][1:], later["unedited"][1:]
-    ratio = statistics.median(a / b for a, b in zip(ours, others, strict=True))
-    numbers = {
-        "ms": statistics.median(ours) * 1e3,
-        "other_ms": statistics.median(others) * 1e3,
-        "ratio": ratio,
+    runs = {
+        "first token": lambda: edited(True),
+        "again": lambda: edited(False),
+        "encoder": encode,
+        "unedited": lambda: prefill(unedited, inputs),
+        "longer": lambda: prefill(unedited, longer),
     }
+    found = turns(runs, options.rounds)
+    head = {"batch": len(texts), "routed": routed}
+    rows: list[dict[str, Any]] = []
+    for case in ("first token", "again"):
+        over = [less(one, encoder) for one, encoder in zip(found[case], found["encoder"], strict=True)]
+        _, _, ratio, cpu = compared(over, found["unedited"])
+        ours, encoder, other = (medians(found[name]) for name in (case, "encoder", "unedited"))
+        row = {"case": case, **head, "ms": ours * 1e3, "other_ms": (encoder + other) * 1e3}
+        rows.append({**row, "ratio": ratio, "cpu_ratio": cpu})
+        if case == "first token":
+            rows[-1]["as_long"] = compared(over, found["longer"])[2]
+    later = [step for _ in range(options.rounds) for step in by_turns(model, unedited, inputs, options)]
+    seconds, other, ratio, cpu = compared(*([pair[side] for pair in later] for side in (0, 1)))
+    numbers = {"ms": seconds * 1e3, "other_ms": other * 1e3, "ratio": ratio, "cpu_ratio": cpu}
     return [*rows, {"case": "later tokens", **head, **numbers}]
+
+
+class Generation:
+    """A greedy generation with a KV cache, a call a token, as ``generate()`` calls a model."""
+
+    def __init__(self, model: Any, inputs: Inputs) -> None:
+        self.model, self.mask = model, inputs["attention_mask"]
+        self.out = prefill(model, inputs)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One more token of every sample."""
+        token = self.out.logits[:, -1:].argmax(2)
+        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), 1)
+        self.out = self.model(
+            input_ids=token,
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            past_key_values=self.out.past_key_values,
+            use_cache=True,
+        )
+
+
+def by_turns(
+    model: Any, unedited: Any, inputs: Inputs, options: argparse.Namespace
+) -> list[tuple[Sample, Sample]]:
+    """Of each later token the time of the edited and of the unedited model, one after the other."""
+    pair = Generation(model, inputs), Generation(unedited, inputs)
+    steps = []
+    for turn in range(options.new_tokens):
+        found = {side: measured(pair[side].step) for side in ((0, 1) if turn % 2 else (1, 0))}
+        steps.append((found[0], found[1]))
+    return steps[1:]
 
 
 # ---- the command ----------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ class ExchangedRecipe(Recipe):
         super().__init__(model, tokenizer, **options)
         self.exchange = {"base": model, **exchange}
 
-    def _new_memory(self) -> RecipeMemory:
+    def new_memory(self) -> RecipeMemory:
         width = self.description.hidden_size
         memory = Exchanged(width, width, vars(self.params), self.profile, self.seed)
         memory.parts, memory.tokenizer = self.parts, self.tokenizer

@@ -8,7 +8,7 @@ see :mod:`fastedit.memory.recipe`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FasteditError, InvalidFact
-from ..facts import Fact, validate_facts
-from ..memory.edit import Base, MemoryEdit
+from ..facts import Fact
 from ..memory.fact_store import FactStore
 from ..memory.recipe import RecipeMemory, knowledge_text, load_parts, require_model
-from ..memory.side_module import SideModule, attach, detach, find_side
+from ..memory.side_module import SideModule
 from ..models.describe import ModelDescription
 from ..models.tokens import encode_prompt, target_ids
-from .base import Editor, register_editor
+from .base import register_editor
+from .memory_editor import Learned
+from .retrieval import TextEditor
 from .stopwatch import Stopwatch
 
 
@@ -68,7 +69,7 @@ _SPECIALS = 16  # tokens that a tokenizer may add to a text, at most
 
 
 @register_editor("recipe")
-class Recipe(Editor):
+class Recipe(TextEditor):
     """Puts facts into a store beside the whole model; see the module.
 
     Every edit can be reverted by itself, in any order: to take single facts off, edit one a call. If ``store`` names
@@ -112,12 +113,7 @@ class Recipe(Editor):
         require_model(self.parts, model, self.params.checkpoint, self.params.same_weights)
         self.parts.to(next(model.parameters()).device)
         if self.params.store:
-            self._serve()
-
-    @property
-    def side(self) -> SideModule | None:
-        """The memory on the model; None before the first edit and after the last was taken off."""
-        return find_side(self.model, None, self.method)
+            self._serve_store()
 
     @property
     def store(self) -> FactStore:
@@ -132,37 +128,16 @@ class Recipe(Editor):
         assert isinstance(side.memory, RecipeMemory)
         return side.memory.store
 
-    def edit(self, facts: Iterable[Fact | Mapping[str, Any]]) -> MemoryEdit:  # type: ignore[override]
-        """Put a batch of facts into the store; see :meth:`Editor.edit`."""
-        checked = validate_facts(facts)
-        watch = Stopwatch()
-        self._check_room(checked)
+    @property
+    def made_with(self) -> dict[str, str]:
+        """The checkpoint's digest."""
+        return {"checkpoint": self.parts.digest}
+
+    def learn(self, facts: list[Fact], watch: Stopwatch) -> Learned:
+        """The facts' keys."""
+        self._check_room(facts)
         with watch.stage("encode"):
-            keys = self.keys(checked)
-        with watch.stage("apply"):
-            side = self.side
-            edit = MemoryEdit(
-                method=self.method,
-                facts=checked,
-                layer=None,
-                tensors={"keys": keys},
-                about={"checkpoint": self.parts.digest},
-                params=vars(self.params),
-                seed=self.seed,
-                profile=self.profile,
-                base=Base.of(self.model, None),
-                beneath=() if side is None else tuple(each.id for each in side.edits),
-            )
-            fresh = self._serve() if side is None else None
-            try:
-                edit._join(self.model)
-            except BaseException:
-                if fresh is not None:
-                    detach(self.model, fresh)
-                raise
-        edit.measured["seconds"] = {name: round(value, 4) for name, value in watch.seconds.items()}
-        edit.measured.update(self.overhead())
-        return edit
+            return Learned({"keys": self.keys(facts)})
 
     def keys(self, facts: Sequence[Fact]) -> Tensor:
         """(n, dim) fp32 on the CPU: keys of facts, read as prompt and target.
@@ -174,23 +149,11 @@ class Recipe(Editor):
         self.parts.encoder.check(texts)
         return self.parts.keys(texts)
 
-    def overhead(self) -> dict[str, Any]:
-        """Size of the memory."""
+    def _serve_store(self) -> SideModule:
+        """The memory on the model, with the facts of the store's folder."""
         side = self.side
         if side is None:
-            return {}
-        memory = side.memory
-        return {
-            "memory_entries": memory.n_entries,
-            "memory_bytes": memory.n_bytes,
-            "prefill_flops": memory.prefill_flops,
-        }
-
-    def _serve(self) -> SideModule:
-        """The memory on the model; it is put there if it has none."""
-        side = self.side
-        if side is None:
-            return attach(self.model, None, self._new_memory())
+            return self.serve()
         if side.memory.params["store"] != self.params.store:
             raise FasteditError(
                 f"the model has a recipe memory already, with its facts in "
@@ -198,7 +161,8 @@ class Recipe(Editor):
             )
         return side
 
-    def _new_memory(self) -> RecipeMemory:
+    def new_memory(self) -> RecipeMemory:
+        """An empty memory with this editor's checkpoint and tokenizer."""
         width = self.description.hidden_size
         memory = RecipeMemory(width, width, vars(self.params), self.profile, self.seed)
         memory.parts, memory.tokenizer = self.parts, self.tokenizer

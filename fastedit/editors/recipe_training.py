@@ -7,9 +7,10 @@ sentinel > foreign keys for relevant queries, sentinel > all keys for irrelevant
 
     L = L_rel + L_gen + L_loc + (L_no + L_so,in + L_so,out)          see :mod:`fastedit.editors.recipe_losses`
 
-A step is one pass of the model over the three prompts of all records, with the head at scored tokens only, and one
-pass of the encoder. With ``train_encoder=False`` the encoder is read once for all texts, and a step costs no pass of
-it. What the model puts out without prompts is read once, too.
+A step is one pass of the model over the three prompts of all records and one pass of the encoder. The first reads a
+soft prompt, and what the texts behind it begin with alike, once, and runs the head at scored tokens only. With
+``train_encoder=False`` the encoder is read once for all texts, and a step costs no pass of it. What the model puts
+out without prompts is read once, too.
 
 The best step is chosen on subjects held out, by the same terms without their hinges.
 """
@@ -32,12 +33,12 @@ from ..data import Record
 from ..facts import Fact
 from ..io import atomic_directory
 from ..memory.encoder import TextEncoder
-from ..memory.prefix import prefixed_states
+from ..memory.prefix_trees import states_behind
 from ..memory.recipe import RecipeNetworks, RecipeSizes, knowledge_text, write_checkpoint
 from ..models.describe import describe
 from ..models.fingerprint import fingerprint
 from ..models.runner import frozen
-from ..models.tokens import encode_prompt, pad_batch, target_ids
+from ..models.tokens import encode_prompt, target_ids
 from ..progress import progress as bar_of
 from .memory_editor import TargetRow
 from .params import from_mapping
@@ -345,16 +346,6 @@ def row_of(tokenizer: Any, prompt: str, answer: str) -> TargetRow:
     return TargetRow(whole[:-1], len(start), whole[len(start) :])
 
 
-def best_cut(lengths: Sequence[int]) -> int:
-    """Into how many short rows and how many long ones to divide rows of ascending lengths, for the least padding.
-
-    Returns:
-        The number of short ones; 0 if one batch is as good.
-    """
-    n = len(lengths)
-    return min(range(n), key=lambda cut: cut * lengths[max(cut - 1, 0)] + (n - cut) * lengths[-1])
-
-
 def _room(model: nn.Module, settings: Settings) -> float:
     limit = describe(model).context_length
     return math.inf if limit is None else limit - settings.prompt_tokens
@@ -457,30 +448,11 @@ class _Learner(Learner[Example]):
         return self._rows[asked]
 
     def _states(self, asked: Sequence[Asked], prompts: Tensor | None) -> list[Tensor]:
-        """Per row the model's states (tokens, hidden) that predict its answer, with these prompts in front or none.
-
-        One pass over all rows; on a CPU, where padding costs what tokens cost, one over the short and one over the
-        long rows.
-        """
+        """Per row the model's states (tokens, hidden) that predict its answer, behind prompt i % m or behind none."""
         rows = [self._row(each) for each in asked]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        cut = best_cut([len(rows[i].ids) for i in order]) if self.device.type == "cpu" else 0
-        found: dict[int, Tensor] = {}
-        for part in (order[:cut], order[cut:]):
-            if not part:
-                continue
-            ids, mask, _ = (t.to(self.device) for t in pad_batch([rows[i].ids for i in part], 0))
-            hit = None
-            if prompts is None:
-                given = torch.zeros(len(ids), 1, self.description.hidden_size, device=self.device)
-                hit = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-            else:
-                given = prompts[torch.tensor(part, device=self.device)]
-            states = prefixed_states(self._model[0], ids, mask, given, hit)
-            for place, i in enumerate(part):
-                key = rows[i].key
-                found[i] = states[place, key : key + len(rows[i].target)]
-        return [found[i] for i in range(len(rows))]
+        places = [range(row.key, row.key + len(row.target)) for row in rows]
+        of = None if prompts is None else [i % len(prompts) for i in range(len(rows))]
+        return states_behind(self._model[0], [row.ids for row in rows], places, prompts, of)
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self.description.logits(states)
@@ -513,7 +485,7 @@ class _Learner(Learner[Example]):
             scores = scores.masked_fill(conflicts(batch, drawn).to(self.device), -torch.inf)
         contrastive = self._contrastive(scores[:n], scores[n : 2 * n], drawn.first, hinge)
         contrastive = contrastive + outside_loss(scores[2 * n :], hinge, settings.epsilon)
-        states = self._states(drawn.rows, self.networks.prompts(keys).repeat(3, 1, 1))
+        states = self._states(drawn.rows, self.networks.prompts(keys))
         reliability, generality, locality, right = self._edit_losses(states, drawn.rows, hinge)
         loss = (
             settings.reliability * reliability

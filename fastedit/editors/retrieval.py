@@ -1,4 +1,4 @@
-"""What RASE, LTE and IKE share: facts are found by a sentence encoder, and each edit can be taken off by itself."""
+"""What RECIPE, RASE, LTE and IKE share: facts are found by text, and each edit can be taken off by itself."""
 
 from __future__ import annotations
 
@@ -23,33 +23,17 @@ from .memory_editor import Learned
 from .stopwatch import Stopwatch
 
 
-class RetrievalEditor(Editor):
+class TextEditor(Editor):
     """Base of editors whose memory finds facts by the text of a prompt.
 
-    Its hyper-parameters name the ``encoder``, its ``pooling`` and the folder of the base model's ``tokenizer``. A
-    method gives its :attr:`memory_class` and :meth:`learn`.
-
-    Args:
-        model: see :class:`Editor`.
-        tokenizer: see :class:`Editor`.
-        **options: see :class:`Editor`.
+    A method gives its :attr:`memory_class`, :meth:`learn`, :meth:`new_memory` and :attr:`made_with`.
 
     Attributes:
         layer: the block that the memory stands beside; None for the whole model.
-        encoder: reads facts and prompts.
     """
 
     memory_class: ClassVar[type[Any]]
     layer: int | None = None
-
-    def __init__(self, model: nn.Module, tokenizer: Any, **options: Any) -> None:
-        super().__init__(model, tokenizer, **options)
-        where = self.params.tokenizer or str(getattr(tokenizer, "name_or_path", ""))
-        encoder = self.params.encoder
-        if Path(encoder).is_dir():
-            encoder = str(Path(encoder).resolve())
-        self.params = dataclasses.replace(self.params, tokenizer=where, encoder=encoder)
-        self.encoder = SentenceEncoder.load(vars(self.params))
 
     @property
     def side(self) -> SideModule | None:
@@ -71,7 +55,7 @@ class RetrievalEditor(Editor):
                 facts=checked,
                 layer=self.layer,
                 tensors=learned.tensors,
-                about={**learned.about, "encoder": self.encoder.digest},
+                about={**learned.about, **self.made_with},
                 params=vars(self.params),
                 seed=self.seed,
                 profile=self.profile,
@@ -79,7 +63,7 @@ class RetrievalEditor(Editor):
                 beneath=() if side is None else tuple(each.id for each in side.edits),
                 measured=learned.measured,
             )
-            fresh = attach(self.model, self.layer, self.new_memory()) if side is None else None
+            fresh = self.serve() if side is None else None
             try:
                 edit._join(self.model)
             except BaseException:
@@ -94,20 +78,18 @@ class RetrievalEditor(Editor):
     def learn(self, facts: list[Fact], watch: Stopwatch) -> Learned:
         """What is kept of a batch. The memory on the model is suspended; the model is left as it is."""
 
-    def keys(self, facts: list[Fact], watch: Stopwatch) -> Tensor:
-        """(n, d) fp32 on the CPU: the embeddings of the facts' prompts.
-
-        Raises:
-            InvalidFact: one is longer than the encoder takes.
-        """
-        texts = [fact.text for fact in facts]
-        with watch.stage("embed"):
-            self.encoder.check(texts)
-            return self.encoder.embed(texts, next(self.model.parameters()).device)
+    @property
+    @abstractmethod
+    def made_with(self) -> dict[str, str]:
+        """The digest of what makes an edit's keys, by the name under which the memory looks for it."""
 
     @abstractmethod
     def new_memory(self) -> Any:
         """An empty memory with this editor's settings, encoder and tokenizer."""
+
+    def serve(self) -> SideModule:
+        """Put an empty memory on the model, which has none."""
+        return attach(self.model, self.layer, self.new_memory())
 
     def overhead(self) -> dict[str, Any]:
         """Size of the memory and its work beside that of the model; the encoder's pass comes on top."""
@@ -121,6 +103,46 @@ class RetrievalEditor(Editor):
             "prefill_flops": memory.prefill_flops,
             "token_flops": memory.token_flops,
         }
+
+
+class RetrievalEditor(TextEditor):
+    """Base of editors whose memory finds facts by their sentence embeddings.
+
+    The hyper-parameters name the ``encoder``, its ``pooling`` and the folder of the base model's ``tokenizer``.
+
+    Args:
+        model: see :class:`Editor`.
+        tokenizer: see :class:`Editor`.
+        **options: see :class:`Editor`.
+
+    Attributes:
+        encoder: reads facts and prompts.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, **options: Any) -> None:
+        super().__init__(model, tokenizer, **options)
+        where = self.params.tokenizer or str(getattr(tokenizer, "name_or_path", ""))
+        encoder = self.params.encoder
+        if Path(encoder).is_dir():
+            encoder = str(Path(encoder).resolve())
+        self.params = dataclasses.replace(self.params, tokenizer=where, encoder=encoder)
+        self.encoder = SentenceEncoder.load(vars(self.params))
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """The encoder's digest."""
+        return {"encoder": self.encoder.digest}
+
+    def keys(self, facts: list[Fact], watch: Stopwatch) -> Tensor:
+        """(n, d) fp32 on the CPU: the embeddings of the facts' prompts.
+
+        Raises:
+            InvalidFact: one is longer than the encoder takes.
+        """
+        texts = [fact.text for fact in facts]
+        with watch.stage("embed"):
+            self.encoder.check(texts)
+            return self.encoder.embed(texts, next(self.model.parameters()).device)
 
 
 def as_mapping(params: Any) -> dict[str, Any]:

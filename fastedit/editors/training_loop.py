@@ -101,7 +101,7 @@ class Loop(Generic[X]):
         self, learner: Learner[X], trained: Sequence[X], held: Sequence[X], seed: int, name: str
     ) -> None:
         self.learner, self.trained, self.held, self.seed, self.name = learner, trained, held, seed, name
-        self.optimiser = torch.optim.Adam(learner.groups())
+        self.optimiser = adam(learner.groups())
         self.step = self.best_step = 0
         self.history: list[dict[str, Any]] = []
         self.notes: dict[str, Any] = {}  # added to the report
@@ -200,6 +200,12 @@ class Loop(Generic[X]):
         self.step, self.best_step, self.history = state["step"], state["best_step"], list(state["history"])
         self.learner.load_state_dict(state["learner"])
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    """Adam of these groups of parameters, in one pass over memory where torch has such a one."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.Adam(groups, fused=devices <= {"cpu", "cuda"} or None)
 
 
 def checkpoint_of(out: Path) -> Path:

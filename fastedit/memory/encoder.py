@@ -7,7 +7,7 @@ An encoder is a folder, a name on the hub, or the name of an installed package t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,38 +85,66 @@ class TextEncoder:
         Raises:
             InvalidFact: one is; names it.
         """
-        for text, ids in zip(texts, self._ids(texts), strict=True):
-            if len(ids) > self.limit:
-                raise InvalidFact(f"{text!r} takes {len(ids)} tokens, the text encoder holds {self.limit}")
+        limit = self.limit
+        for text, count in zip(texts, self._lengths(texts), strict=True):
+            if count > limit:
+                raise InvalidFact(f"{text!r} takes {count} tokens, the text encoder holds {limit}")
 
-    def states(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hidden states (B, T, d) of texts and their real tokens (B, T) bool, a batch at a time, in order.
+    def states(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Hidden states of texts, a batch of about the same length at a time, the shortest first.
 
         Of a text that is too long, the end counts. Differentiable if the encoder's parameters are.
+
+        Yields:
+            Places of B texts, their states (B, T, d), and their real tokens (B, T) bool.
         """
-        if not self._warned and any(len(ids) > self.limit for ids in self._ids(texts)):
-            logger.warning("a prompt is longer than the encoder's %d tokens: its end decides", self.limit)
-            self._warned = True
-        for start in range(0, len(texts), _TOGETHER):
-            batch = self.tokenizer(
-                list(texts[start : start + _TOGETHER]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self.limit,
-            ).to(self.device)
-            yield self.module(**batch).last_hidden_state, batch["attention_mask"].bool()
+        if not texts:
+            return
+        limit = self.limit
+        rows = self.tokenizer(list(texts), verbose=False, truncation=True, max_length=limit)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        if not self._warned and limit in lengths:
+            full = [text for text, count in zip(texts, lengths, strict=True) if count == limit]
+            self._warned = any(count > limit for count in self._lengths(full))
+            if self._warned:
+                logger.warning("a prompt is longer than the encoder's %d tokens: its end decides", limit)
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
+        for places in self._batches(order, lengths):
+            batch = self._padded({name: [values[place] for place in places] for name, values in rows.items()})
+            yield places, self.module(**batch).last_hidden_state, batch["attention_mask"].bool()
+
+    def _padded(self, rows: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
+        """(B, T) of what the tokenizer says of B texts, by name, padded as it pads."""
+        filling = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }
+        width = max(map(len, rows["input_ids"]))
+        left = self.tokenizer.padding_side == "left"
+        found = {}
+        for name, values in rows.items():
+            padding = [[filling.get(name, 0)] * (width - len(row)) for row in values]
+            padded = [fill + row if left else row + fill for row, fill in zip(values, padding, strict=True)]
+            found[name] = torch.tensor(padded, device=self.device)
+        return found
+
+    def _batches(self, order: list[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Texts in ascending lengths, some at a time; on a CPU, where padding costs what tokens cost, cut in two."""
+        for start in range(0, len(order), _TOGETHER):
+            places = order[start : start + _TOGETHER]
+            cut = best_cut([lengths[place] for place in places]) if self.device.type == "cpu" else 0
+            yield from (part for part in (places[:cut], places[cut:]) if part)
 
     def pooled(self, texts: Sequence[str], pooling: str) -> Tensor:
         """(n, d) pooled states of texts, in the encoder's dtype; see :func:`pool` and :meth:`states`."""
-        return torch.cat([pool(states, tokens, pooling) for states, tokens in self.states(texts)])
+        return self._of_all(texts, lambda states, tokens: pool(states, tokens, pooling))
 
     def statistics(self, texts: Sequence[str]) -> Tensor:
         """(n, 4 d): the pooler's output (the first state, if there is no pooler), mean, greatest and least state.
 
         Over all real tokens, special ones included. See :meth:`states`.
         """
-        return torch.cat([self._statistics(states, tokens) for states, tokens in self.states(texts)])
+        return self._of_all(texts, self._statistics)
 
     def statistics_of(self, vectors: Tensor) -> Tensor:
         """(n, 4 d): as :meth:`statistics`, of vectors (n, T, d) that enter the stack of blocks as hidden states.
@@ -141,8 +169,27 @@ class TextEncoder:
         least = states.masked_fill(padding, torch.inf).amin(1)
         return torch.cat((first, pool(states, tokens, "mean"), greatest, least), dim=1)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), verbose=False)["input_ids"]
+    def _of_all(self, texts: Sequence[str], of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(n, ...) what ``of`` makes of the states and real tokens of a batch, in the order of the texts."""
+        places: list[int] = []
+        parts: list[Tensor] = []
+        for batch, states, tokens in self.states(texts):
+            places += batch
+            parts.append(of(states, tokens))
+        return torch.cat(parts)[torch.tensor(places).argsort().to(parts[0].device)]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
+def best_cut(lengths: Sequence[int]) -> int:
+    """Into how many short rows and how many long ones to divide rows of ascending lengths, for the least padding.
+
+    Returns:
+        The number of short ones; 0 if one batch is as good.
+    """
+    n = len(lengths)
+    return min(range(n), key=lambda cut: cut * lengths[max(cut - 1, 0)] + (n - cut) * lengths[-1])
 
 
 def pool(states: Tensor, tokens: Tensor, pooling: str) -> Tensor:

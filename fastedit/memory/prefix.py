@@ -4,7 +4,8 @@ A sample is routed once, at prefill, by the text of its prompt. What is put in f
 and attention is causal, so its keys and values depend on nothing else: they are computed once per entry, kept, and
 put at the head of the KV cache of the samples that were routed to it. After that the model runs on the tokens that it
 was given, and no others; what each call is told of its mask and positions is adapted, and that is all that later
-tokens cost. Samples without a hit have the columns at the head masked. A batch without any hit is not touched.
+tokens cost. Samples without a hit have the columns at the head masked. A batch without any hit is not touched. If
+every sample of a batch has an entry of its own that was not read before, prefixes and texts are read in one pass.
 
 Positions. Models with relative positions (rotary, ALiBi): the prefix has 0 to n − 1, the tokens follow it. Models
 with a table of position embeddings: a continuous prompt carries none of them and the tokens keep their places; text
@@ -18,7 +19,8 @@ Between calls the cache object gives its length without the prefix, and :meth:`c
 ``generate()`` does by its lengths comes out right. A prefix goes in front of a whole text: a cache that holds tokens
 before the route is decided is refused if there is a hit.
 
-:func:`prefixed_states` is the same in one differentiable pass, for training.
+:func:`prefixed_states` is the same in one differentiable pass, for training; see also
+:mod:`fastedit.memory.prefix_trees`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import inspect
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +105,9 @@ class PrefixMemory(Memory):
     def prefix(self, index: int) -> Prefix:
         """What is put in front of a sample that was routed to entry ``index``."""
 
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Make what :meth:`prefix` will be asked for next, if that is cheaper for all together; nothing by itself."""
+
     @abstractmethod
     def remove(self, edit_id: str) -> None:
         """Forget one edit."""
@@ -147,21 +152,38 @@ class PrefixMemory(Memory):
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How a prefix stands in front of texts.
+
+    Attributes:
+        length: its tokens.
+        shift: by how much the positions of the tokens behind it grow.
+        leading: how many special tokens it brings that texts begin with too.
+    """
+
+    length: int
+    shift: int
+    leading: int
+
+    @classmethod
+    def of(cls, prefix: Prefix, leading: Sequence[int], absolute: bool) -> Standing:
+        """Of a prefix, where texts begin with the tokens ``leading``; ``absolute``: positions have a table."""
+        n = len(prefix)
+        begins = leading if prefix.ids is not None and prefix.ids[: len(leading)] == list(leading) else ()
+        return cls(n, 0 if absolute and prefix.ids is None else n - len(begins), len(begins))
+
+
+@dataclass(frozen=True)
 class ReadPrefix:
     """A prefix that the model has read.
 
     Attributes:
         states: of each block its keys and values, (2, heads, n, head size).
-        shift: by how much the positions of the tokens behind it grow.
-        leading: how many special tokens it brings that texts begin with too.
+        standing: how it stands in front of texts.
     """
 
     states: list[Tensor]
-    shift: int
-    leading: int
-
-    def __len__(self) -> int:
-        return self.states[0].shape[2]
+    standing: Standing
 
     @property
     def n_bytes(self) -> int:
@@ -270,17 +292,19 @@ def read(model: nn.Module, prefixes: Sequence[Prefix], leading: Sequence[int]) -
         places[[prefix.ids is None for prefix in prefixes]] = 0
     with aside(model):
         states = _states(decoder, inputs, places)
-    if len(states) != description.n_layers:
+    _require_all(states, description.n_layers)
+    standings = [Standing.of(prefix, leading, absolute) for prefix in prefixes]
+    return [
+        ReadPrefix([pair[:, row, :, : standing.length].clone() for pair in states], standing)
+        for row, standing in enumerate(standings)
+    ]
+
+
+def _require_all(states: Sized, n_layers: int) -> None:
+    if len(states) != n_layers:
         raise UnsupportedModel(
-            f"a prefix needs keys and values in all {description.n_layers} blocks, found them in {len(states)}"
+            f"a prefix needs keys and values in all {n_layers} blocks, found them in {len(states)}"
         )
-    result = []
-    for row, prefix in enumerate(prefixes):
-        n = len(prefix)
-        begins = leading if prefix.ids is not None and prefix.ids[: len(leading)] == list(leading) else ()
-        shift = 0 if absolute and prefix.ids is None else n - len(begins)
-        result.append(ReadPrefix([pair[:, row, :, :n].clone() for pair in states], shift, len(begins)))
-    return result
 
 
 def _states(decoder: Any, inputs: Tensor, places: Tensor) -> list[Tensor]:
@@ -357,17 +381,20 @@ class PrefixSide(SideModule):
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         wanted = given.get("past_key_values") is not None or _wants_cache(decoder, given)
         routes: Any = call.routes(self.key, self.memory)
+        first: FirstPass | None = None
         if routes is None:
             if not self.enabled:
                 return None
-            routes = self._prefill(call, decoder, given)
+            routes, first = self._prefill(call, decoder, given, not torch.is_grad_enabled())
         if not routes.width:
             return None
         cache = given["past_key_values"]
         if not isinstance(cache, (tuple, list)):
             hide_columns(cache, 0)
-            call.noted[_NOTED] = (cache, routes.width, wanted)
-        self._adapt(call, given, routes, _length(cache) - routes.width)
+            call.noted[_NOTED] = (cache, routes.width, wanted, first)
+        self._adapt(call, given, routes, 0 if first else _length(cache) - routes.width)
+        if first is not None:
+            first.begin(decoder, given)
         return (), given
 
     @torch.compiler.disable
@@ -376,16 +403,29 @@ class PrefixSide(SideModule):
         call = self.router.call
         if call is None or _NOTED not in call.noted:
             return None
-        cache, width, wanted = call.noted.pop(_NOTED)
+        cache, width, wanted, first = call.noted.pop(_NOTED)
         cache.__dict__.pop("update", None)
+        if first is not None and out is None:  # the call failed, and the cache has nothing in front
+            routes_on(cache).pop(self.key, None)
+            return None
         hide_columns(cache, width)
+        if first is not None:
+            _require_all(first.seen, describe(self.model).n_layers)
+            self.read.put(first.read(), first.source, self.memory.kept_bytes)
+            out = _behind(out, width)
         return out if wanted else _without(cache, out)
 
     # -- prefill ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prefill(self, call: Call, decoder: nn.Module, given: dict[str, Any]) -> PrefixRoutes:
-        """Decide the routes; if there is a hit, ``given`` gets a cache with the prefixes in it."""
+    def _prefill(
+        self, call: Call, decoder: nn.Module, given: dict[str, Any], serving: bool
+    ) -> tuple[PrefixRoutes, FirstPass | None]:
+        """Decide the routes; if there is a hit, ``given`` gets a cache with the prefixes in it.
+
+        Where all prefixes are new, and nothing asks for gradients (``serving``), the cache is empty and they are to
+        be read with the texts.
+        """
         ids, memory = given.get("input_ids"), self.memory
         if ids is None:
             raise UnsupportedModel(
@@ -394,15 +434,45 @@ class PrefixSide(SideModule):
         decision = memory.route(ids, ids, call.tokens(memory.route_tokens, ids.device))
         found = Routes.of(decision, memory.version)
         routes = PrefixRoutes(found.index, found.used, None, found.score, found.version)
+        first: FirstPass | None = None
         if routes.used:
             self._require_place(decoder, given)
-            read = self._read(decoder, routes.used)
-            payload = self._payload(call, ids, routes, read)
-            repeats = any(prefix.leading for prefix in read)
-            routes = replace(routes, payload=payload, width=max(map(len, read)), repeats=repeats)
-            given["past_key_values"] = self._filled(decoder, given, routes, read)
+            source = (memory.version, made_of(decoder))
+            read = self.read.get(routes.used, source)
+            if not read and serving and self._can_join(decoder, given, routes):
+                leading, absolute = leading_specials(memory.tokenizer), position_table(decoder) is not None
+                prefixes = self._prefixes(routes.used)
+                standings = [Standing.of(prefix, leading, absolute) for prefix in prefixes]
+                first = FirstPass(routes, prefixes, standings, source)
+            else:
+                self._read(decoder, routes.used, read, source)
+                standings = [read[index].standing for index in routes.used]
+            routes = replace(
+                routes,
+                payload=self._payload(call, ids, routes, standings),
+                width=max(standing.length for standing in standings),
+                repeats=any(standing.leading for standing in standings),
+            )
+            if first is None:
+                given["past_key_values"] = self._filled(decoder, given, routes, read)
+            else:
+                given["past_key_values"] = first.cache(decoder, given)
+                routes_on(given["past_key_values"])[self.key] = routes
         self.router.note(self.key, routes, call)
-        return routes
+        return routes, first
+
+    def _can_join(self, decoder: Any, given: Mapping[str, Any], routes: PrefixRoutes) -> bool:
+        """Whether each row has an entry of its own, and nothing else counts the columns of this call."""
+        cache, config = given.get("past_key_values"), decoder.config
+        asked = ("output_hidden_states", "output_attentions")
+        return (
+            len(routes.used) == len(routes.index)
+            and len(self.router.sides) == 1
+            and not (self._windowed or takes_tuples(decoder) or decoder.training)
+            and (cache is None or hasattr(cache, "update"))
+            and given.get("token_type_ids") is None
+            and not any(given.get(name) or getattr(config, name, False) for name in asked)
+        )
 
     def _require_place(self, decoder: Any, given: Mapping[str, Any]) -> None:
         """Make sure that something can be put in front of this call's texts."""
@@ -436,23 +506,27 @@ class PrefixSide(SideModule):
                 f"a {self.memory.method} memory needs an attention_mask of shape (batch, length), got {came}"
             )
 
-    def _read(self, decoder: nn.Module, indices: tuple[int, ...]) -> list[ReadPrefix]:
-        source = (self.memory.version, made_of(decoder))
-        found = self.read.get(indices, source)
+    def _read(
+        self, decoder: nn.Module, indices: tuple[int, ...], found: dict[int, ReadPrefix], source: Any
+    ) -> None:
+        """Add to those ``found`` what they lack."""
         new = [index for index in indices if index not in found]
         if new:
             leading = leading_specials(self.memory.tokenizer)
-            states = read(self.model, [self.memory.prefix(index) for index in new], leading)
+            states = read(self.model, self._prefixes(new), leading)
             found.update(zip(new, states, strict=True))
         if not decoder.training:  # dropout: another time, other keys
             self.read.put(found, source, self.memory.kept_bytes)
-        return [found[index] for index in indices]
 
-    def _payload(self, call: Call, ids: Tensor, routes: PrefixRoutes, read: list[ReadPrefix]) -> Tensor:
-        table = [[len(prefix), prefix.shift, prefix.leading, 0] for prefix in read]
+    def _prefixes(self, indices: Sequence[int]) -> list[Prefix]:
+        self.memory.prepare(indices)
+        return [self.memory.prefix(index) for index in indices]
+
+    def _payload(self, call: Call, ids: Tensor, routes: PrefixRoutes, standings: list[Standing]) -> Tensor:
+        table = [[standing.length, standing.shift, standing.leading, 0] for standing in standings]
         payload = torch.tensor([*table, [0, 0, 0, 0]], device=ids.device)[_rows(routes)]
         real = call.tokens("all", ids.device)
-        if any(prefix.leading for prefix in read):
+        if any(standing.leading for standing in standings):
             own = n_leading(ids, real, leading_specials(self.memory.tokenizer))
             brought = payload[:, _REPEATED].clone()
             payload[:, _REPEATED] = own.minimum(brought)
@@ -463,12 +537,16 @@ class PrefixSide(SideModule):
         return payload
 
     def _filled(
-        self, decoder: nn.Module, given: Mapping[str, Any], routes: PrefixRoutes, read: list[ReadPrefix]
+        self,
+        decoder: nn.Module,
+        given: Mapping[str, Any],
+        routes: PrefixRoutes,
+        read: Mapping[int, ReadPrefix],
     ) -> Any:
         """A cache with every sample's prefix in it: the one that was given, or a new one."""
         assert routes.payload is not None
-        rows = _rows(routes)
-        blocks = zip(*(prefix.states for prefix in read), strict=True)
+        rows = _rows(routes).tolist()
+        blocks = zip(*(read[index].states for index in routes.used), strict=True)
         states = [_columns(each, rows, routes.width) for each in blocks]
         moved = routes.payload[:, _MOVED] if self._windowed else None
         if moved is not None and not moved.any():
@@ -526,6 +604,72 @@ class PrefixSide(SideModule):
 _NOTED = "prefix"
 
 
+class FirstPass:
+    """Prefixes that are read in the same pass as the texts behind them, one for each row.
+
+    Args:
+        routes: which entry each row has.
+        prefixes: of ``routes.used``.
+        standings: of ``routes.used``.
+        source: what the prefixes' keys and values depend on.
+
+    Attributes:
+        seen: keys and values that each block has handed to the cache, (B, heads, columns, head size).
+    """
+
+    def __init__(
+        self, routes: Routes, prefixes: Sequence[Prefix], standings: Sequence[Standing], source: Any
+    ) -> None:
+        rows = _rows(routes).tolist()
+        self.prefixes, self.standings = [prefixes[row] for row in rows], [standings[row] for row in rows]
+        self.entries, self.source = [routes.used[row] for row in rows], source
+        self.width = max(standing.length for standing in standings)
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cache(self, decoder: Any, given: Mapping[str, Any]) -> Any:
+        """The call's cache, or a new one; until its own ``update`` is given back, what it is handed is noted."""
+        cache: Any = given.get("past_key_values")
+        cache = _empty_cache(decoder) if cache is None else cache
+        update = cache.update
+
+        def noting(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self.seen[layer_idx] = (keys, values)
+            return update(keys, values, layer_idx, *args, **kwargs)
+
+        cache.update = noting
+        return cache
+
+    def begin(self, decoder: Any, given: dict[str, Any]) -> None:
+        """Put the prefixes in front of a call's tokens; mask and positions of the tokens are right already."""
+        tokens = decoder.get_input_embeddings()(given.pop("input_ids"))
+        lengths = [standing.length for standing in self.standings]
+        front = [
+            pad(embed(decoder, prefix), (0, 0, self.width - n, 0))
+            for prefix, n in zip(self.prefixes, lengths, strict=True)
+        ]
+        given["inputs_embeds"] = torch.cat((torch.stack(front), tokens), 1)
+        if (places := given.get("position_ids")) is not None:
+            before = torch.arange(self.width) - torch.tensor([self.width - n for n in lengths])[:, None]
+            if position_table(decoder) is not None:
+                before[[prefix.ids is None for prefix in self.prefixes]] = 0
+            given["position_ids"] = torch.cat((before.clamp(min=0).to(places), places), 1)
+        if given.get("cache_position") is not None:
+            columns = given["inputs_embeds"].shape[1]
+            given["cache_position"] = torch.arange(columns, device=given["cache_position"].device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def read(self) -> dict[int, ReadPrefix]:
+        """The prefixes, as they were read, by entry."""
+        found = {}
+        for row, (entry, standing) in enumerate(zip(self.entries, self.standings, strict=True)):
+            part = slice(self.width - standing.length, self.width)
+            pairs = (self.seen[layer] for layer in sorted(self.seen))
+            states = [torch.stack((keys[row, :, part], values[row, :, part])) for keys, values in pairs]
+            found[entry] = ReadPrefix(states, standing)
+        return found
+
+
 def _places(places: Tensor | None, mask: Tensor, payload: Tensor, past: int, length: int) -> Tensor:
     """(B, T) positions of a call's tokens: as given, or as the model would count, plus what is in front of them.
 
@@ -539,11 +683,12 @@ def _places(places: Tensor | None, mask: Tensor, payload: Tensor, past: int, len
     return places + payload[:, _SHIFT, None]
 
 
-def _columns(states: Sequence[Tensor], rows: Tensor, width: int) -> Tensor:
+def _columns(states: Sequence[Tensor], rows: Sequence[int], width: int) -> Tensor:
     """(2, B, heads, width, head size): of each row the states of its entry, at the right; zeros where it has none."""
-    padded = [pad(each, (0, 0, width - each.shape[2], 0)) for each in states]
-    table = torch.stack([*padded, torch.zeros_like(padded[0])], 1)
-    return table.index_select(1, rows.to(table.device))
+    missing = [width - each.shape[2] for each in states]
+    padded = [pad(each, (0, 0, n, 0)) if n else each for each, n in zip(states, missing, strict=True)]
+    nothing = torch.zeros_like(padded[0])
+    return torch.stack([padded[row] if row < len(padded) else nothing for row in rows], 1)
 
 
 def _moved(states: Tensor, columns: Tensor, length: int, start: int = 0) -> Tensor:
@@ -606,6 +751,14 @@ def _wants_cache(decoder: Any, given: Mapping[str, Any]) -> bool:
     """Whether a call that was given no cache wants one back."""
     use_cache = given.get("use_cache")
     return bool(decoder.config.use_cache if use_cache is None else use_cache)
+
+
+def _behind(out: Any, width: int) -> Any:
+    """What a decoder returned, less the states of the first columns."""
+    if isinstance(out, tuple):
+        return out[0][:, width:], *out[1:]
+    out.last_hidden_state = out.last_hidden_state[:, width:]
+    return out
 
 
 def _without(cache: Any, out: Any) -> Any:

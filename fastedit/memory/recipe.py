@@ -435,13 +435,17 @@ class RecipeMemory(PrefixMemory):
             self._queries.popitem(last=False)
         return found
 
-    def prefix(self, index: int) -> Prefix:
-        """The soft prompt that the generator makes of an entry's key; the latest used ones are remembered."""
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Make soft prompts of several entries in one pass of the generator."""
         if self._prompts_version != self.version:
             self._prompts.clear()
             self._prompts_version = self.version
-        if index not in self._prompts:
-            self._prompts[index] = self._ready.prompts(self.store.keys([index]))[0]
+        if new := [index for index in indices if index not in self._prompts]:
+            self._prompts.update(zip(new, self._ready.prompts(self.store.keys(new)), strict=True))
+
+    def prefix(self, index: int) -> Prefix:
+        """The soft prompt that the generator makes of an entry's key; the latest used ones are remembered."""
+        self.prepare([index])
         self._prompts.move_to_end(index)
         while len(self._prompts) > _PROMPTS:
             self._prompts.popitem(last=False)

@@ -22,7 +22,7 @@ import fastedit
 from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact
 from fastedit.evaluation.scoring import Pair, Scorer
 from fastedit.memory import prompts, route_info, sides_of
-from fastedit.memory.encoder import TextEncoder
+from fastedit.memory.encoder import TextEncoder, best_cut
 from fastedit.memory.recipe import RecipeMemory, knowledge_text, load_parts
 from fastedit.models import encode_prompt
 
@@ -405,6 +405,24 @@ def test_statistics_are_their_definition(kind: str, tmp_path: Path) -> None:
     assert encoder.limit == 48
 
 
+def test_texts_are_encoded_by_length_and_returned_in_order(tmp_path: Path) -> None:
+    encoder = TextEncoder.load(save_encoder(tmp_path / "encoder"))
+    texts = [" ".join(["Rome"] * (1 + (7 * i) % 9)) + f" {i}" for i in range(70)]
+    together = encoder.statistics(texts)
+    for i in (0, 1, 33, 64, 69):
+        torch.testing.assert_close(together[i], encoder.statistics(texts[i : i + 1])[0], rtol=1e-5, atol=1e-6)
+    encoder.tokenizer.padding_side = "left"
+    torch.testing.assert_close(encoder.statistics(texts[:1]), together[:1], rtol=1e-5, atol=1e-6)
+    batches = [places for places, _, _ in encoder.states(texts)]
+    assert sorted(place for places in batches for place in places) == list(range(70))
+    assert list(encoder.states([])) == []
+
+
+@pytest.mark.parametrize(("lengths", "cut"), [([3], 0), ([2, 2, 9], 2), ([4, 4, 4], 0), ([1, 2, 3, 20], 3)])
+def test_rows_are_cut_where_padding_is_least(lengths: list[int], cut: int) -> None:
+    assert best_cut(lengths) == cut
+
+
 def test_an_encoder_without_a_pooler_or_a_stack(tmp_path: Path) -> None:
     from transformers import BertModel, DistilBertConfig, DistilBertModel
 
@@ -412,7 +430,7 @@ def test_an_encoder_without_a_pooler_or_a_stack(tmp_path: Path) -> None:
     BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
     encoder = TextEncoder.load(folder)
     assert encoder.module.pooler is None  # it would be another one at every load
-    states = next(encoder.states(["Rome"]))[0]
+    _, states, _ = next(encoder.states(["Rome"]))
     assert torch.equal(encoder.statistics(["Rome"])[0, : encoder.width], states[0, 0])
     plain = DistilBertModel(DistilBertConfig(vocab_size=320, dim=16, n_layers=1, n_heads=2, hidden_dim=32))
     with pytest.raises(FasteditError, match="BERT or RoBERTa type"):

@@ -22,7 +22,6 @@ from fastedit.editors import recipe_training, training_loop
 from fastedit.editors.recipe_losses import edit_losses, inside_loss, neighbour_loss, outside_loss
 from fastedit.editors.recipe_training import (
     RecipeTrainingParams,
-    best_cut,
     examples_of,
     row_of,
     train,
@@ -243,12 +242,7 @@ def test_the_encoder_is_trained_too(encoder: Path) -> None:
     ):
         assert (mine is None) == (theirs is None)
         if mine is not None:
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize(("lengths", "cut"), [([3], 0), ([2, 2, 9], 2), ([4, 4, 4], 0), ([1, 2, 3, 20], 3)])
-def test_rows_are_cut_where_padding_is_least(lengths: list[int], cut: int) -> None:
-    assert best_cut(lengths) == cut
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)  # norms are fp32
 
 
 # ------------------------------------------------------------------ records

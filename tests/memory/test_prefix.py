@@ -242,6 +242,50 @@ def calls_of(model: Any) -> Counter[str]:
     return count
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_entries_are_read_with_the_texts_behind_them(family: str) -> None:
+    """Every row has an entry of its own: a pass less, and the keys and values that are kept serve the next call."""
+    base = tiny_model(family)
+    model, side = with_prefix(family)
+    passes = calls_of(model)
+    block = next(name for name, part in model.named_modules() if part is describe(model).blocks[0])
+    for padding in ("left", "right"):
+        inputs = asked(PROMPTS[:2], side=padding)
+        ids = rows_of(inputs["input_ids"], inputs)
+        wanted = [expected(base, side.memory, ids[index].tolist(), index) for index in (0, 1)]
+        side.memory.version += 1
+        side.memory.made.clear()
+        passes.clear()
+        for _ in range(2):
+            for ours, theirs in zip(rows_of(call(model, inputs).logits, inputs), wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert side.memory.made == [0, 1]
+        if family in ("llama", "gpt2", "gptj"):
+            assert passes[block] == 2
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
+def test_new_texts_are_read_with_the_texts_behind_them(bos: bool) -> None:
+    model, side = with_prefix("gpt2", text=True, bos=bos)
+    inputs = asked(PROMPTS[:2], bos=bos)
+    logits = rows_of(call(model, inputs).logits, inputs)
+    for ours, ids, index in zip(logits, rows_of(inputs["input_ids"], inputs), (0, 1), strict=True):
+        wanted = expected(tiny_model("gpt2"), side.memory, ids.tolist(), index)
+        defined = ~wanted.isnan().any(1)
+        torch.testing.assert_close(ours[defined], wanted[defined], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_generation_after_new_entries_is_stepwise_argmax(family: str) -> None:
+    model, side = with_prefix(family)
+    inputs = asked(PROMPTS[:2])
+    out = generate(model, inputs, max_new_tokens=4)
+    for row, ids, index in zip(out, rows_of(inputs["input_ids"], inputs), (0, 1), strict=True):
+        whole = [*ids.tolist(), *row.tolist()[-4:]]
+        logits = expected(tiny_model(family), side.memory, whole[:-1], index)
+        assert logits[-4:].argmax(1).tolist() == row.tolist()[-4:]
+
+
 @pytest.mark.parametrize("family", MAIN)
 def test_later_tokens_call_the_parts_of_the_model_that_the_base_model_calls(family: str) -> None:
     model, _ = with_prefix(family)
