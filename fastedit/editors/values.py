@@ -171,7 +171,8 @@ class _Rows:
 
     ``fact`` says which fact a row belongs to; the last row of each fact is its neutral row. ``scored``
     holds flat (row · length + column) positions of scored tokens, ``token`` their ids, ``weight`` one over
-    the number of tokens and contexts, ``owner`` the fact; ``neutral`` the flat positions of the KL term.
+    the number of tokens and contexts, ``owner`` the fact; ``neutral`` the flat positions of the KL term; ``seen`` the
+    flat positions of all tokens that count, None if these are all.
     """
 
     states: Tensor
@@ -183,6 +184,7 @@ class _Rows:
     weight: Tensor
     owner: Tensor
     neutral: Tensor
+    seen: Tensor | None
 
 
 @dataclass
@@ -321,8 +323,9 @@ def _prepare(
     suffix = int((lengths - starts).max())
     offsets = torch.arange(suffix, device=device)
     prefix = recorded.prefix.select(index)
-    mask = torch.cat((prefix.mask, (offsets < (lengths - starts)[:, None]).long()), 1)
-    positions = starts[:, None] + offsets * (offsets < (lengths - starts)[:, None])
+    counts = offsets < (lengths - starts)[:, None]
+    mask = torch.cat((prefix.mask, counts.long()), 1)
+    positions = starts[:, None] + offsets * counts
     if objective.layer + 1 < runner.description.n_layers:
         calls = runner.capture(recorded.ids[index, :suffix], mask, positions, prefix)
     else:  # the value is the last block's own: nothing is left to run
@@ -361,6 +364,7 @@ def _prepare(
         tensor(weight, torch.float32),
         tensor(owner),
         tensor(neutral),
+        None if bool(counts.all()) else counts.flatten().nonzero()[:, 0].to(states.device),
     )
 
 
@@ -375,7 +379,8 @@ def _forward(
     moved = batch.states[:, 0].float() + _reaching(runner, batch, delta, objective)
     hidden = torch.cat((moved.to(batch.states.dtype)[:, None], batch.states[:, 1:]), 1)
     wanted = torch.cat((batch.scored, batch.neutral))
-    logits = runner.logits(runner.states_at(batch.calls, hidden, objective.layer + 1, wanted)).float()
+    states = runner.states_at(batch.calls, hidden, objective.layer + 1, wanted, batch.seen)
+    logits = runner.logits(states).float()
     if reference is not None:
         reference = reference.to(logits.device)
     picked, divergence, log_p = token_losses(logits, batch.token.to(logits.device), reference)

@@ -9,12 +9,14 @@ one piece of code serves every architecture and every version of transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import UnsupportedModel
 from .describe import ModelDescription, describe
@@ -182,10 +184,13 @@ class BlockRunner:
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def states_at(self, calls: BlockCalls, hidden: Tensor, start: int, wanted: Tensor) -> Tensor:
+    def states_at(
+        self, calls: BlockCalls, hidden: Tensor, start: int, wanted: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Run all blocks from ``start`` up and return what leaves the last one at some positions.
 
-        The last block's MLP, which looks at each position by itself, is run at these positions only.
+        The MLPs, which look at each position by itself, are run where that matters: in the last block at these
+        positions, in the others at those that are seen.
 
         Args:
             calls: the blocks' arguments.
@@ -193,15 +198,18 @@ class BlockRunner:
                 what left that.
             start: the first block to run.
             wanted: (m,) int64, distinct flat positions row · length + column.
+            seen: (k,) int64, the flat positions that are wanted or that a wanted one sees; None for all.
 
         Returns:
             (m, hidden), before the final norm.
         """
         last = self.description.n_layers - 1
-        if start <= last:
-            hidden = self.run(calls, hidden, start, last)
-            with self._mlp_only_at(last, wanted.to(hidden.device)):
-                hidden = self.run(calls, hidden, last, last + 1)
+        with ExitStack() as stack:
+            for layer in range(start, last + 1):
+                positions = wanted if layer == last else seen
+                if positions is not None:
+                    stack.enter_context(self._mlp_only_at(layer, positions))
+            hidden = self.run(calls, hidden, start, last + 1)
         return hidden.reshape(-1, hidden.shape[-1])[wanted.to(hidden.device)]
 
     def projection_input(self, calls: BlockCalls, hidden: Tensor, layer: int) -> Tensor:
@@ -316,14 +324,21 @@ class RowEnds:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with no parameter asking for gradients; both are put back on exit."""
+    """Evaluation mode with no parameter asking for gradients; both are put back on exit.
+
+    In float32 and float64, a GELU that transformers writes as eight operations runs as torch's one, which is the same
+    up to rounding.
+    """
     training = {module: module.training for module in model.modules()}
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in wanting:
         parameter.requires_grad_(False)
+    single = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    gelus = [module for module in model.modules() if single and type(module).__name__ == "NewGELUActivation"]
     try:
-        yield
+        with _replaced_forward(gelus, partial(functional.gelu, approximate="tanh")):
+            yield
     finally:
         for parameter in wanting:
             parameter.requires_grad_(True)

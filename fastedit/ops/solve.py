@@ -587,7 +587,8 @@ class CovarianceFactor:
         """λC, (d, d) float64."""
         if self._matrix is not None:
             return self._matrix.clone()
-        assert self._cholesky is not None and self._diagonal is not None
+        assert self._cholesky is not None
+        assert self._diagonal is not None
         matrix = self._cholesky.triu(1)
         matrix += matrix.T.clone()
         matrix.diagonal().copy_(self._diagonal)

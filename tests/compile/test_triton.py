@@ -30,7 +30,9 @@ ARCHITECTURES = (80, 90, 100, 120)
 MATRIX_UNIT = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
 SHARED_LIMIT = {80: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use; 86 and 89 use the tiles of 80
 
-STACK_LIMIT = 128  # bytes a thread: 3.9 spills nothing, some other versions of Triton a few words in a few kernels
+STACK_LIMIT = (
+    128  # bytes a thread: 3.9 spills nothing, some other versions of Triton a few words in a few kernels
+)
 
 KERNELS = Path(__file__).parent / "kernels"  # one file for each hot path: VARIANTS, QUICK, launch, check
 

@@ -72,16 +72,18 @@ def test_upper_blocks_after_a_frozen_prefix_equal_the_model(runner: BlockRunner)
     assert torch.equal(again, hidden), "the prefix must not grow from one run to the next"
 
 
-def test_states_at_some_positions_are_those_of_the_whole_run(runner: BlockRunner) -> None:
-    """In values and gradients, though the last MLP sees these positions only."""
+@pytest.mark.parametrize("padding", [True, False], ids=["everywhere", "at real tokens"])
+def test_states_at_some_positions_are_those_of_the_whole_run(runner: BlockRunner, padding: bool) -> None:
+    """In values and gradients, though the last MLP sees these positions only and the others need not see padding."""
     runner.model.double()  # gradients through norms amplify rounding
     ids, mask, positions = pad_batch(ROWS, 0)
     calls = runner.capture(ids, mask, positions)
-    n, wanted = runner.description.n_layers, torch.tensor([7, 2, 13])
+    real = mask.flatten().nonzero()[:, 0]
+    n, wanted = runner.description.n_layers, real[torch.tensor([5, 2, -1])]
     for start in (0, n - 1, n):
         entry = calls.embedded.detach().clone().requires_grad_()
         with frozen(runner.model):
-            found = runner.states_at(calls, entry, start, wanted)
+            found = runner.states_at(calls, entry, start, wanted, None if padding else real)
             (gradient,) = torch.autograd.grad(found.square().sum(), entry)
             whole_run = runner.run(calls, entry, start, n).reshape(-1, entry.shape[-1])[wanted]
             (expected,) = torch.autograd.grad(whole_run.square().sum(), entry)
@@ -121,6 +123,18 @@ def test_frozen_puts_modes_and_gradients_back() -> None:
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_frozen_runs_a_gelu_as_one_operation_with_the_same_result() -> None:
+    model = tiny_model("gpt2").double().eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    before = model(ids).logits
+    with frozen(model):
+        one = model(ids).logits
+        operations = str(model.transformer.h[0].mlp.act.forward)
+    assert "gelu" in operations
+    torch.testing.assert_close(one, before, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_prefix_select_keeps_rows() -> None:
