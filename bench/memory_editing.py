@@ -6,9 +6,10 @@
 Both sides get the same model, facts and hyper-parameters (WISE: contexts and masks too), in float32, and take the
 same number of steps. What the first steps of one edit leave behind is compared before anything is timed. The
 published way's cost per fact does not depend on how many there are, so it edits fewer. The clean profile, which is
-the default, is timed beside the official one. WISE: it leaves padding out; the memory of the mask and the time of a
-merge are compared for the weight's own shape. GRACE: the facts come as one batch, and some once more as calls of one
-fact each. T-Patcher: no step is left out, and both sides are given the same 40,000 queries to leave alone.
+the default, is timed beside the official one. WISE: it leaves padding out; rows are the published eleven, with
+prefixes of five and of ten tokens; the memory of the mask and the time of a merge are compared for the weight's own
+shape. GRACE: the facts come as one batch, and some once more as calls of one fact each. T-Patcher: no step is left
+out, and both sides are given the same 40,000 queries to leave alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -31,8 +33,10 @@ from fastedit.bench import common
 from fastedit.bench.baselines.grace import PublishedGrace
 from fastedit.bench.baselines.t_patcher import PlainTPatcher
 from fastedit.bench.baselines.wise import PublishedWise, ties_by_sort
-from fastedit.bench.editing import MODELS, contexts, counterfacts, load
+from fastedit.bench.editing import MODELS, counterfacts, load
+from fastedit.demo import load_demo_model
 from fastedit.editors.t_patcher import text_queries
+from fastedit.editors.wise import sample_prefixes
 from fastedit.memory import clear_memories
 from fastedit.models import describe
 from fastedit.models.fingerprint import fingerprint
@@ -48,6 +52,13 @@ COLUMNS = (
     "official_forward_s", "official_backward_s", "official_update_s", "mask_bytes", "official_mask_bytes", "merge_ms",
     "official_merge_ms", "merge_speedup",
 )  # fmt: skip
+
+
+@cache
+def prefixes() -> list[str]:
+    """WISE's templates of edit rows, sampled from the demo model: the bare prompt, and ten as published."""
+    model, tokenizer = load_demo_model()
+    return sample_prefixes(BlockRunner(model), tokenizer, seed=0)
 
 
 class Method(ABC):
@@ -118,7 +129,7 @@ class Wise(Method):
     def ours(self, steps: int, profile: str) -> Any:
         params = {**self.settings, "layers": [self.layer], "steps": steps}
         return fastedit.editor(
-            "wise", self.model, self.tokenizer, params=params, contexts=contexts(), profile=profile, progress=False
+            "wise", self.model, self.tokenizer, params=params, contexts=prefixes(), profile=profile, progress=False
         )  # fmt: skip
 
     def published(self, steps: int) -> PublishedWise:
@@ -130,7 +141,7 @@ class Wise(Method):
         }  # fmt: skip
         shape = self.projection.d_out, self.projection.d_in
         mask = PhiloxMask(0, 0, self.layer, given["mask_ratio"]).dense(shape).to(self.device)
-        return PublishedWise(self.model, self.tokenizer, hparams, contexts(), [mask])
+        return PublishedWise(self.model, self.tokenizer, hparams, prefixes(), [mask])
 
     def edit_as_published(self, side: PublishedWise, facts: list[Fact]) -> None:
         for fact in facts:

@@ -1,15 +1,16 @@
 """Serving with memories: tokens per second and time to first token beside the unedited model.
 
     python bench/serving.py                              GPT-2-small shape with random weights, and the demo model
-    python bench/serving.py --models demo --batches 1 8 --new-tokens 8 --repetitions 3
+    python bench/serving.py --models demo --batches 1 8 --new-tokens 8 --repetitions 2
 
 The memories are GRACE's with 1,000 entries and WISE-Retrieve's with 1, 2 and 4 side memories, their content built
 directly: entries for 64 prompts among random ones; side memories that differ from the main one in a direction that
 tells some templates' prompts from all others. Prompts are those 64 (edited: every one is routed into the memory), 64
-of other templates (unrelated: none is), or both by turns (mixed). Each run is a greedy generation with a KV cache;
-the models take turns, and ratios are medians over rounds of a memory's run to the unedited model's in the same round.
-Before anything is timed: routes are as said, unrelated prompts get the unedited model's logits bit for bit at every
-token, and a generated token makes the host wait for no more results than without the memory.
+of other templates (unrelated: none is), or both by turns (mixed). All models generate side by side, greedily and
+with a KV cache, and take turns at every token; only calls of the model count, nothing that is the same around them.
+Ratios are medians over tokens (for the first one over rounds) of a memory's time to the unedited model's in the same
+turn. Before anything is timed: routes are as said, unrelated prompts get the unedited model's logits bit for bit, and
+a generated token makes the host wait for no more results than without the memory.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ WISE_MEMORIES = (1, 2, 4)
 TEMPLATES = 4  # of the edited prompts, and as many of the unrelated ones
 PROMPTS = 64
 UNEDITED = "unedited"
+CHECKED_TOKENS = 4
 COLUMNS = (
     "model", "memory", "prompts", "batch", "prompt_tokens", "new_tokens", "routed", "tokens_per_s",
     "unedited_tokens_per_s", "speed_ratio", "first_token_ms", "unedited_first_token_ms", "first_token_ratio",
@@ -101,9 +103,9 @@ def seen(model: Any, layer: int, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def prefill(model: Any, inputs: Inputs) -> Any:
-    """Call the model as ``generate`` does first."""
+    """Call the decoder as ``generate`` does first."""
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return model(**inputs, position_ids=positions, use_cache=True)
+    return describe(model).decoder(**inputs, position_ids=positions, use_cache=True)
 
 
 def with_grace(model: nn.Module, layer: int, edited: Inputs) -> nn.Module:
@@ -176,23 +178,6 @@ def between(edited: list[float], unrelated: list[float]) -> float:
 # ---- generating -----------------------------------------------------------------------------------------
 
 
-class Stamps:
-    """A stopping criterion that never stops: notes when each token was there."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.times = [self.now()]
-
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.times.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.no_grad()
 def generate(model: Any, inputs: Inputs, new_tokens: int, **options: Any) -> Any:
     return model.generate(
@@ -200,12 +185,49 @@ def generate(model: Any, inputs: Inputs, new_tokens: int, **options: Any) -> Any
     )
 
 
-def timed(model: Any, inputs: Inputs, new_tokens: int, device: str) -> tuple[float, float]:
-    """Seconds to the first token, and of a later one (median)."""
-    stamps = Stamps(device)
-    generate(model, inputs, new_tokens, stopping_criteria=[stamps])
-    steps = [after - before for before, after in zip(stamps.times[1:], stamps.times[2:], strict=False)]
-    return stamps.times[1] - stamps.times[0], statistics.median(steps)
+class Generation:
+    """A greedy generation that is taken one token at a time.
+
+    Attributes:
+        seconds: that each call of the model took.
+    """
+
+    def __init__(self, model: Any, inputs: Inputs, device: str) -> None:
+        self.description, self.device, self.mask = describe(model), device, inputs["attention_mask"]
+        self.seconds: list[float] = []
+        self.ids, self.cache = inputs["input_ids"], None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token of every prompt."""
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        start = clock(self.device)
+        out = self.description.decoder(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
+            use_cache=True,
+        )  # fmt: skip
+        logits = self.description.logits(out.last_hidden_state[:, -1])
+        self.seconds.append(clock(self.device) - start)
+        self.ids, self.cache = logits.argmax(-1, keepdim=True), out.past_key_values
+        self.mask = torch.cat((self.mask, torch.ones_like(self.ids)), 1)
+
+
+def clock(device: str) -> float:
+    """Seconds, when all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(models: dict[str, Any], inputs: Inputs, new_tokens: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every token, the first one being the prompt's; the models take turns and each begins as often."""
+    runs = {name: Generation(model, inputs, device) for name, model in models.items()}
+    names = list(runs)
+    for turn in range(new_tokens):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            runs[name].step()
+    return {name: run.seconds for name, run in runs.items()}
 
 
 class Waits(TorchDispatchMode):
@@ -260,14 +282,25 @@ def check_routes(name: str, model: Any, kind: str, inputs: Inputs) -> float:
     return sum(routed) / len(routed)
 
 
-def check_bits(name: str, model: Any, unedited: Any, inputs: Inputs, new_tokens: int) -> None:
+def check_bits(models: dict[str, Any], inputs: Inputs, new_tokens: int = CHECKED_TOKENS) -> None:
     """Unrelated prompts get the unedited model's logits, bit for bit, at every token."""
-    found, wanted = (
-        generate(each, inputs, new_tokens, return_dict_in_generate=True, output_logits=True).logits
-        for each in (model, unedited)
-    )
-    if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)):
-        raise SystemExit(f"{name}: logits of unrelated prompts have changed: nothing was timed")
+    found = {
+        name: generate(model, inputs, new_tokens, return_dict_in_generate=True, output_logits=True).logits
+        for name, model in models.items()
+    }
+    for name, logits in found.items():
+        if not all(torch.equal(one, other) for one, other in zip(logits, found[UNEDITED], strict=True)):
+            raise SystemExit(f"{name}: logits of unrelated prompts have changed: nothing was timed")
+
+
+def check_waits(models: dict[str, Any], inputs: Inputs) -> dict[str, tuple[float, float]]:
+    """What :func:`waits` gives for every model, of two prompts: how many there are makes no difference."""
+    few = {name: tensor[:2] for name, tensor in inputs.items()}
+    found = {name: waits(model, few) for name, model in models.items()}
+    for name, (_, later) in found.items():
+        if later > found[UNEDITED][1]:
+            raise SystemExit(f"{name}: a generated token waits for the device: nothing was timed")
+    return found
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -281,34 +314,32 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     texts["mixed"] = [text for pair in zip(texts["edited"], texts["unrelated"], strict=True) for text in pair]
     rows = []
     for kind in ("unrelated", "edited", "mixed"):
+        waited = check_waits(models, encoded(tokenizer, texts[kind], device))
         for batch in options.batches:
             if batch == 1 and kind == "mixed":
                 continue
             print(name, kind, batch, file=sys.stderr)
             inputs = encoded(tokenizer, texts[kind][:batch], device)
-            rows += compared(models, kind, inputs, options)
+            rows += compared(models, kind, inputs, waited, options)
     return [{"model": name, **row} for row in rows]
 
 
 def compared(
-    models: dict[str, Any], kind: str, inputs: Inputs, options: argparse.Namespace
+    models: dict[str, Any],
+    kind: str,
+    inputs: Inputs,
+    waited: dict[str, tuple[float, float]],
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """A row for each memory on the same prompts."""
     n, (batch, length) = options.new_tokens, inputs["input_ids"].shape
     memories = [name for name in models if name != UNEDITED]
     routed = {name: check_routes(name, models[name], kind, inputs) for name in memories}
-    waited = {name: waits(model, inputs) for name, model in models.items()}
-    for name in memories:
-        if kind == "unrelated":
-            check_bits(name, models[name], models[UNEDITED], inputs, n)
-        if waited[name][1] > waited[UNEDITED][1]:
-            raise SystemExit(f"{name}: a generated token waits for the device: nothing was timed")
-    rounds = []
-    for turn in range(options.repetitions + 1):
-        names = list(models)[turn % len(models) :] + list(models)[: turn % len(models)]
-        rounds.append({name: timed(models[name], inputs, n, options.device) for name in names})
-    del rounds[0]  # pages, threads, handles
-    first, step = ({name: [each[name][part] for each in rounds] for name in models} for part in (0, 1))
+    if kind == "unrelated":
+        check_bits(models, inputs)
+    rounds = [timed(models, inputs, n, options.device) for _ in range(options.repetitions)]
+    first = {name: [each[name][0] for each in rounds] for name in models}
+    step = {name: [taken for each in rounds for taken in each[name][1:]] for name in models}
 
     def ratio(seconds: dict[str, list[float]], name: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[UNEDITED], strict=True))
@@ -344,7 +375,7 @@ def main() -> None:
         help=f"prompts at a time, up to {PROMPTS}",
     )  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate, at least 2")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed rounds")
+    parser.add_argument("--repetitions", type=int, default=3, help="timed generations")
     common.add_output_arguments(parser)
     options = parser.parse_args()
     rows = []

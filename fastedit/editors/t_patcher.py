@@ -247,7 +247,8 @@ class TPatcher(MemoryEditor):
         with progress(total=len(rows), desc="training patches", unit="fact", show=self.progress) as bar:
             for fact, row in zip(facts, rows, strict=True):
                 upper, queries, outputs = self._run(row, patches)
-                wrong = self._wrong(upper, outputs)[: self.params.max_patches]
+                with torch.no_grad():
+                    wrong = _wrong(upper, upper.log_probabilities(outputs))[: self.params.max_patches]
                 about: dict[str, Any] = {"patches": len(wrong), "steps": 0, "right": not wrong}
                 if wrong:
                     memories = torch.cat((remembered[:-held_out], *edited))
@@ -302,12 +303,6 @@ class TPatcher(MemoryEditor):
         first = row.key - start
         return upper, upper.inputs[0, first : first + len(row.target)].float(), outputs
 
-    @torch.no_grad()
-    def _wrong(self, upper: UpperPass, outputs: Tensor) -> list[int]:
-        """Which tokens of the target are not the most probable ones."""
-        said = upper.log_probabilities(outputs).argmax(-1)
-        return (said != upper.target.to(said.device)).nonzero().flatten().tolist()
-
     # -- training -----------------------------------------------------------------------------------
 
     def _train(
@@ -319,11 +314,11 @@ class TPatcher(MemoryEditor):
         device = training.own.device
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         keys = training.own / training.own.norm(dim=-1, keepdim=True).square()
-        bias = torch.zeros(n, device=device)
         values = torch.randn(n, d, generator=generator).to(device)
-        factors = torch.full((n, d), p.amplify, device=device)
-        trained = [each.clone().requires_grad_() for each in (keys, bias, values, factors)]
-        optimiser = torch.optim.Adam(trained, lr=p.lr, weight_decay=p.weight_decay)
+        bias, factors = torch.zeros(n, device=device), torch.full((n, d), p.amplify, device=device)
+        # one tensor, since what Adam costs is its calls
+        flat = torch.cat([each.flatten() for each in (keys, bias, values, factors)]).requires_grad_()
+        optimiser = torch.optim.Adam([flat], lr=p.lr, weight_decay=p.weight_decay)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, factor=0.5, patience=1, threshold=0.05
         )
@@ -332,18 +327,21 @@ class TPatcher(MemoryEditor):
         while step < p.steps:
             optimiser.zero_grad()
             with torch.enable_grad():
-                task, quiet = self._losses(training, trained, training.memories)
+                task, quiet = self._losses(training, _parts(flat, n), training.memories)
                 (task + quiet).backward()
-            torch.nn.utils.clip_grad_norm_(trained, _CLIP)
+            torch.nn.utils.clip_grad_norm_(flat, _CLIP)
             optimiser.step()
             step += 1
-            if step % p.check_every == 0 and self._settled(training, trained, step, schedule, unseen):
+            if step % p.check_every == 0 and self._settled(
+                training, _parts(flat.detach(), n), step, schedule, unseen
+            ):
                 break
+        trained = _parts(flat.detach(), n)
         with torch.no_grad():
-            loss = self._task_loss(training, trained)
-            right = not self._wrong(training.upper, self._patched(training, trained))
+            loss, log_p = self._task_loss(training, trained)
+        right = not _wrong(training.upper, log_p)
         about = {**about, "steps": step, "right": right, "loss_after": float(loss)}
-        keys, bias, values, factors = (each.detach() for each in trained)
+        keys, bias, values, factors = trained
         return (keys, bias, values * factors), about
 
     @torch.no_grad()
@@ -351,13 +349,14 @@ class TPatcher(MemoryEditor):
         self, training: _Training, trained: Sequence[Tensor], step: int, schedule: Any, unseen: list[float]
     ) -> bool:
         """Lower the rate if the loss stays. Whether the fact is right and held-out memories improve no more."""
-        schedule.step(self._task_loss(training, trained))
-        if step <= self.params.check_from or self._wrong(training.upper, self._patched(training, trained)):
+        loss, log_p = self._task_loss(training, trained)
+        schedule.step(loss)
+        if step <= self.params.check_from or _wrong(training.upper, log_p):
             return False
         unseen.append(float(self._memory_loss(training, trained, training.held_out)))
         best = 0
-        for i, loss in enumerate(unseen):
-            if loss < unseen[best] - _IMPROVED:
+        for i, loss_there in enumerate(unseen):
+            if loss_there < unseen[best] - _IMPROVED:
                 best = i
         return best < len(unseen) - 1
 
@@ -370,19 +369,21 @@ class TPatcher(MemoryEditor):
         margin, _, copies = self._profile
         quiet = p.activation_weight * activation_loss(own, margin, p.activation_k, copies)
         quiet = quiet + p.memory_weight * self._memory_loss(training, trained, memories)
-        return self._task_loss(training, trained), quiet
+        return self._task_loss(training, trained)[0], quiet
 
     def _memory_loss(self, training: _Training, trained: Sequence[Tensor], memories: Tensor) -> Tensor:
         _, margins, copies = self._profile
-        remembered = loudest(memories, trained[0], trained[1], self.params.memory_k)
-        return memory_loss(remembered, _own(training, trained), margins, self.params.memory_k, copies)
+        k = self.params.memory_k
+        remembered = loudest(memories, trained[0], trained[1], -(-k // copies))
+        return memory_loss(remembered, _own(training, trained), margins, k, copies)
 
-    def _task_loss(self, training: _Training, trained: Sequence[Tensor]) -> Tensor:
+    def _task_loss(self, training: _Training, trained: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of the answer, and what it is of: log-probabilities (targets, vocabulary)."""
         log_p = training.upper.log_probabilities(self._patched(training, trained))
         picked = -log_p.gather(1, training.upper.target.to(log_p.device)[:, None]).mean()
         if self.profile != "official":
-            return picked
-        return (1 - _SMOOTHING) * picked - _SMOOTHING * log_p.mean()
+            return picked, log_p
+        return (1 - _SMOOTHING) * picked - _SMOOTHING * log_p.mean(), log_p
 
     def _patched(self, training: _Training, trained: Sequence[Tensor]) -> Tensor:
         """The MLP's outputs with the patches in training."""
@@ -398,6 +399,19 @@ class TPatcher(MemoryEditor):
             return 0.0, (0.0, 0.0), _COPIES
         first, second = self.params.memory_margins
         return self.params.activation_margin, (first, second), 1
+
+
+def _parts(flat: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views of n patches in training: keys (n, d), bias (n,), values (n, d) and their factors (n, d)."""
+    nd = (len(flat) - n) // 3
+    keys, bias, values, factors = flat.split((nd, n, nd, nd))
+    return keys.view(n, -1), bias, values.view(n, -1), factors.view(n, -1)
+
+
+def _wrong(upper: UpperPass, log_p: Tensor) -> list[int]:
+    """Which tokens of the target are not the most probable ones by log_p (targets, vocabulary)."""
+    said = log_p.argmax(-1)
+    return (said != upper.target.to(said.device)).nonzero().flatten().tolist()
 
 
 def _own(training: _Training, trained: Sequence[Tensor]) -> Tensor:

@@ -342,10 +342,12 @@ class Wise(MemoryEditor):
 
     def _update(self, memory: SideMemory, state: WiseState, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One step on the entries that the mask selects; the gradient is the product of outputs' and inputs'."""
-        left, right = (torch.cat(parts).T for parts in zip(*pairs, strict=True))
+        left, right = pairs[0]
+        if len(pairs) > 1:
+            left, right = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         masked_sgd_(
             memory.weight,
-            (left, right),
+            (left.T, right.T),
             memory.mask,
             self.params.lr,
             decay=self.params.weight_decay,

@@ -306,8 +306,9 @@ class FrozenRows:
             column, stop = column - start, stop - start
         self.scored = (row * stop + column).to(beside.device)
         tokens = self.rows.tokens
-        self.n_edit_tokens = int((tokens < n * ids.shape[1]).sum())
-        self.places = tokens[: self.n_edit_tokens].to(beside.device)
+        n_tokens = int((tokens < n * ids.shape[1]).sum())
+        self.token_counts = n_tokens, len(tokens) - n_tokens
+        self.places = tokens[:n_tokens].to(beside.device)
 
     def project(self, weight: Tensor) -> Tensor:
         """(t, d_out) fp32: the projection's output under a weight (d_out, d_in) fp32, bias included."""
@@ -318,8 +319,8 @@ class FrozenRows:
         if self._activated is None or self._activated[0] is not activation:
             self._activated = activation, activation(self.outputs)
         distance = torch.linalg.vector_norm(self._activated[1] - activation(outputs), dim=1)
-        whole = distance.new_zeros(self.rows.ids.numel())
-        return whole.index_copy(0, self.rows.tokens.to(whole.device), distance).view(self.rows.ids.shape)
+        tokens = self.rows.tokens.to(distance.device)
+        return _spread(distance, tokens, self.rows.ids.numel()).view(self.rows.ids.shape)
 
     def push(
         self, weight: Tensor, activation: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor]
@@ -348,12 +349,12 @@ class FrozenRows:
     def _answer_loss(self, outputs: Tensor) -> Tensor:
         """Cross-entropy of the labels, each by its weight."""
         n, length = self.rows.n_edit_rows, self.rows.ids.shape[1]
-        whole = outputs.new_zeros(n * length, outputs.shape[1])
-        whole = whole.index_copy(0, self.places, outputs[: self.n_edit_tokens]).view(n, length, -1)
+        own, _ = outputs.split(self.token_counts)
+        whole = _spread(own, self.places, n * length).view(n, length, -1)
         moved = whole[:, : self.beside.shape[1]].to(self.beside.dtype)
         norm = self.runner.description.post_mlp_norm(self.layer)
         moved = moved if norm is None else norm(moved)
-        hidden = self.beside + moved * self.runner.description.residual_scale
+        hidden = torch.add(self.beside, moved, alpha=self.runner.description.residual_scale)
         last = self.runner.description.n_layers - (self.ends is not None)
         out = self.runner.run(self.calls, hidden, self.layer + 1, last)
         if self.ends is not None:
@@ -388,6 +389,13 @@ def routing_loss(inside: Tensor, outside: Tensor, margins: Margins) -> Tensor:
 def positive_mean(values: Tensor) -> Tensor:
     """PM: the mean of the elements above zero, 0 if there are none."""
     return values.relu().sum() / (values > 0).sum().clamp(min=1)
+
+
+def _spread(values: Tensor, places: Tensor, n: int) -> Tensor:
+    """Values (m, ...) at ascending places (m,) of n, zeros elsewhere."""
+    return (
+        values if len(places) == n else values.new_zeros(n, *values.shape[1:]).index_copy(0, places, values)
+    )
 
 
 def _weighted(weights: Tensor, scores: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Routes:
         score: see :class:`Decision`.
         version: of the memory when the routes were decided.
         width: columns at the head of the KV cache that were put there by the memory.
+        rows: (m,) int64 for each of ``used``, the samples that go there; None once samples were reordered.
     """
 
     index: Tensor
@@ -57,12 +58,24 @@ class Routes:
     score: Tensor | None
     version: int
     width: int = 0
+    rows: tuple[Tensor, ...] | None = None
 
     @classmethod
     def of(cls, decision: Decision, version: int) -> Routes:
         """Routes of a decision; the one place where the device is waited for."""
-        used = tuple(sorted({index for index in decision.index.tolist() if index >= 0}))
-        return cls(decision.index, used, decision.payload, decision.score, version)
+        routed: dict[int, list[int]] = {}
+        for row, index in enumerate(decision.index.tolist()):
+            if index >= 0:
+                routed.setdefault(index, []).append(row)
+        used = tuple(sorted(routed))
+        order = torch.tensor([row for index in used for row in routed[index]], dtype=torch.int64)
+        rows = order.to(decision.index.device).split([len(routed[index]) for index in used])
+        return cls(decision.index, used, decision.payload, decision.score, version, rows=rows)
+
+    @property
+    def all_routed(self) -> bool:
+        """Whether every sample is known to go through the memory."""
+        return self.rows is not None and sum(map(len, self.rows)) == len(self.index)
 
     def select(self, rows: Tensor) -> Routes:
         """The routes of these rows (beams that are reordered, samples that are dropped)."""
@@ -71,7 +84,7 @@ class Routes:
             return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
 
         index = self.index.index_select(0, rows.to(self.index.device))
-        return replace(self, index=index, payload=take(self.payload), score=take(self.score))
+        return replace(self, index=index, payload=take(self.payload), score=take(self.score), rows=None)
 
     def repeat(self, times: int) -> Routes:
         """Every row ``times`` times, the copies side by side."""

@@ -49,9 +49,11 @@ class SideModule:
         call = self.router.call
         if call is None or not self.enabled:
             return None
+        routes = call.routes(self.key, self.memory)
+        if routes is not None and not routes.used:
+            return None
         outputs = output.reshape(*call.size, self.memory.d_out)
         inputs = args[0].reshape(*call.size, self.memory.d_in).to(outputs.device)
-        routes = call.routes(self.key, self.memory)
         tokens = None
         if routes is None:
             tokens = call.tokens(self.memory.route_tokens, outputs.device)
@@ -161,6 +163,8 @@ class UpperSite:
 
 def _merged(new: Tensor, outputs: Tensor, routes: Routes) -> Tensor:
     """New outputs for routed samples, the very bits of the old ones for the others."""
+    if routes.all_routed:
+        return new.to(outputs.dtype)
     routed = (routes.index >= 0).to(outputs.device)[:, None, None]
     return torch.where(routed, new.to(outputs.dtype), outputs)
 

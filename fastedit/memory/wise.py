@@ -411,7 +411,21 @@ class WiseMemory(Memory):
         _, memories, _ = self.candidates
         x, bias = inputs.float(), self._bias
         bias = None if bias is None else bias.float()
-        index, (first, *others) = routes.index.to(inputs.device)[:, None, None], routes.used
+        if routes.rows is None:
+            return self._each_everywhere(x, bias, routes)
+        (first, *others), (rows, *_) = routes.used, routes.rows
+        if not others and len(rows) == len(x):
+            return F.linear(x, memories[first].weight, bias)
+        result = x.new_zeros(*x.shape[:2], self.d_out)
+        for number, rows in zip(routes.used, routes.rows, strict=True):
+            rows = rows.to(x.device)
+            result.index_copy_(0, rows, F.linear(x[rows], memories[number].weight, bias))
+        return result
+
+    def _each_everywhere(self, x: Tensor, bias: Tensor | None, routes: Routes) -> Tensor:
+        """The same where only the device knows which samples go where."""
+        _, memories, _ = self.candidates
+        index, (first, *others) = routes.index.to(x.device)[:, None, None], routes.used
         result = F.linear(x, memories[first].weight, bias)
         for number in others:
             result = torch.where(index == number, F.linear(x, memories[number].weight, bias), result)

@@ -49,11 +49,12 @@ def test_routes_are_as_the_prompts_say(name: str, setting: Any) -> None:
     models, inputs = setting
     assert serving.check_routes(name, models[name], "edited", inputs["edited"]) == 1
     assert serving.check_routes(name, models[name], "unrelated", inputs["unrelated"]) == 0
-    serving.check_bits(name, models[name], models["unedited"], inputs["unrelated"], 3)
+    two = {kind: models[kind] for kind in ("unedited", name)}
+    serving.check_bits(two, inputs["unrelated"], 3)
     with pytest.raises(SystemExit, match="64 of 64 unrelated prompts are routed"):
         serving.check_routes(name, models[name], "unrelated", inputs["edited"])
     with pytest.raises(SystemExit, match="have changed"):
-        serving.check_bits(name, models[name], models["unedited"], inputs["edited"], 3)
+        serving.check_bits(two, inputs["edited"], 3)
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -62,6 +63,25 @@ def test_a_generated_token_waits_for_nothing_more(name: str, setting: Any) -> No
     few = {key: value[:2] for key, value in inputs["edited"].items()}
     first, later = serving.waits(models["unedited"], few)
     assert serving.waits(models[name], few) == (first + 1, later)
+
+
+def test_models_take_turns_at_every_token(setting: Any) -> None:
+    models, inputs = setting
+    few = {key: value[:2] for key, value in inputs["edited"].items()}
+    found = serving.timed(models, few, 4, "cpu")
+    assert list(found) == list(models)
+    assert all(len(seconds) == 4 and min(seconds) > 0 for seconds in found.values())
+
+
+def test_a_generation_is_the_greedy_one(setting: Any) -> None:
+    models, inputs = setting
+    few = {key: value[:3] for key, value in inputs["edited"].items()}
+    run, tokens = serving.Generation(models["wise"], few, "cpu"), []
+    for _ in range(4):
+        run.step()
+        tokens.append(run.ids)
+    expected = serving.generate(models["wise"], few, 4)[:, -4:]
+    assert torch.equal(torch.cat(tokens, 1), expected)
 
 
 def test_waits_are_counted() -> None:

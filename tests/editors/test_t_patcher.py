@@ -21,6 +21,7 @@ from fastedit import (
     NumericalError,
     UnsupportedModel,
 )
+from fastedit.editors import t_patcher
 from fastedit.memory import Base, MemoryEdit, prompts, route_info, sides_of
 from fastedit.memory.patches import (
     Patches,
@@ -96,7 +97,7 @@ def test_the_loudest_memories_give_the_losses_and_gradients_of_all(k: int) -> No
     keys, bias, _ = (t.requires_grad_() for t in random_patches(3, 8))
     losses = [
         memory_loss(remembered, own, (3.0, -3.0), k, 8)
-        for remembered in (loudest(memories, keys, bias, k), memories @ keys.T + bias)
+        for remembered in (loudest(memories, keys, bias, -(-k // 8)), memories @ keys.T + bias)
     ]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for ours, plain in zip(*(torch.autograd.grad(loss, (keys, bias)) for loss in losses), strict=True):
@@ -238,14 +239,10 @@ def _scripted(editor: Any, losses: Any) -> Any:
     settled = type(editor)._settled
 
     def run(training: Any, trained: Any, step: int, schedule: Any, unseen: list[float]) -> bool:
-        names = ("_memory_loss", "_wrong")
-        kept = {name: getattr(editor, name) for name in names}
-        editor._memory_loss, editor._wrong = lambda *_: next(losses), lambda *_: []
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(editor, "_memory_loss", lambda *_: next(losses))
+            patch.setattr(t_patcher, "_wrong", lambda *_: [])
             return settled(editor, training, trained, step, schedule, unseen)
-        finally:
-            for name, value in kept.items():
-                setattr(editor, name, value)
 
     return run
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from fastedit import FasteditError, UnsupportedModel
 from fastedit.memory import detach, forget_routes, prompts, route_info, sides_of
+from fastedit.memory.base import Decision, Routes
 from fastedit.memory.routing import real_tokens, router_of
 
 
@@ -148,6 +149,17 @@ def test_rows_of_a_cache_carry_their_routes() -> None:
         stepped = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1]
         expected = model(**whole).logits[:, -1]
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_each_route_are_known_until_they_are_reordered() -> None:
+    routes = Routes.of(Decision(torch.tensor([2, -1, 0, 2])), 0)
+    assert routes.used == (0, 2)
+    assert [rows.tolist() for rows in routes.rows or ()] == [[2], [0, 3]]
+    assert not routes.all_routed
+    assert Routes.of(Decision(torch.tensor([1, 1])), 0).all_routed
+    assert Routes.of(Decision(torch.tensor([-1, -1])), 0).rows == ()
+    assert routes.select(torch.tensor([3, 0])).rows is None
+    assert not routes.select(torch.tensor([3, 0])).all_routed
 
 
 def test_another_number_of_rows_is_refused() -> None:

@@ -19,6 +19,7 @@ from fastedit.artefacts import apply_to_directory, revert_directory
 from fastedit.editors.wise import Wise
 from fastedit.memory import prompts, route_info, sides_of
 from fastedit.memory import wise as wise_module
+from fastedit.memory.base import Decision, Routes
 from fastedit.memory.wise import UNSET, ShardPlan, SideMemory, WiseMemory, WiseState, model_activation
 from fastedit.models import describe
 from fastedit.ops import BitMask, PhiloxMask
@@ -274,6 +275,20 @@ def test_h_a_batch_is_answered_as_each_prompt_alone(family: str, retrieve: bool)
             torch.testing.assert_close(found[row][real], alone[row], rtol=1e-3, atol=1e-3)
             if routes[row] is None and family not in ("gpt2", "gptj"):
                 assert torch.equal(found[row][real], plain[side][row][real]), text
+
+
+def test_each_memory_serves_the_rows_that_were_routed_to_it() -> None:
+    """As if all served all rows, which is how rows that were reordered are served."""
+    memory = random_memory(tiny_model("llama"), "clean", True, seed=5)
+    x = torch.randn(6, 3, memory.d_in, generator=torch.Generator().manual_seed(0))
+    outputs = x.new_zeros(6, 3, memory.d_out)
+    for index in ([1, -1, 0, 1, 2, 0], [1] * 6, [-1, 0, -1, 0, 0, 0]):
+        routes = Routes.of(Decision(torch.tensor(index)), memory.version)
+        found, expected = (
+            memory.apply(x, outputs, each, None) for each in (routes, replace(routes, rows=None))
+        )
+        routed = routes.index >= 0
+        torch.testing.assert_close(found[routed], expected[routed], rtol=1e-5, atol=1e-6)
 
 
 # ---- generation ----------------------------------------------------------------------------------------
