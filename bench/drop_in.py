@@ -2,17 +2,17 @@
 
     python bench/drop_in.py REPOSITORY METHOD --model FOLDER --python ENV/bin/python --facts FILE -n 10
 
-Compares targets and changes of weights, and the time of each stage. Both sides run in the repository's environment
-under ``drop_in_shim.py``, with the same context templates and statistics files. Rows are added to
-``results/drop_in_<device>.csv`` and ``.md`` (``--out``). All rows of ``TABLE`` in one command, where CLONES is the folder
-that holds the clones ``memit``, ``AlphaEdit`` and ``NSE``:
+Compares targets and changes of weights, and the time of each stage. Both sides run in the repository's
+environment under ``drop_in_shim.py``, with the same context templates and statistics files. Rows are added to
+``results/drop_in_<device>.csv`` and ``.md`` (``--out``). All rows of ``TABLE`` in one command, where CLONES
+is the folder that holds the clones ``memit``, ``AlphaEdit`` and ``NSE``:
 
     python bench/drop_in.py CLONES table --model FOLDER --python ENV/bin/python --facts FILE --stats FOLDER \\
         --texts FILE -n 10 --threads 2 --out bench/results/drop_in_cpu.csv
 
-The stage "whole" is, for MEMIT, the call that edits; for AlphaEdit the projectors too; for NSE the targets too, which its
-script makes before the first edit. These repositories do not set ``CUDA_LAUNCH_BLOCKING``, and on a processor it means
-nothing: there is one baseline.
+The stage "whole" is, for MEMIT, the call that edits; for AlphaEdit the projectors too; for NSE the targets
+too, which its script makes before the first edit. These repositories do not set ``CUDA_LAUNCH_BLOCKING``, and
+on a processor it means nothing: there is one baseline.
 """
 
 from __future__ import annotations

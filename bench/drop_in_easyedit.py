@@ -3,12 +3,13 @@
     python bench/drop_in_easyedit.py --easyedit EasyEdit --model gpt2-xl --stats data/stats --requests facts.json \\
         --methods MEMIT AlphaEdit ROME WISE --n 10
 
-EasyEdit must be importable by the interpreter that runs this (its own environment, with fastedit installed beside
-it). Both sides run the same lines: an editor from hyper-parameters, then ``batch_edit`` or ``edit``, which edits and
-scores. Seconds are of that call; ``edit`` is what EasyEdit reports for the edits alone. Given are the statistics
-(``fastedit stats --format easyedit``) and the context templates, which EasyEdit would sample. Compared are the
-changes of all weights, ‖ΔWa − ΔWb‖ / ‖ΔWa‖, and the scores after the edits. On a GPU, run it with ``--unblocked`` too:
-the original then runs without the ``CUDA_LAUNCH_BLOCKING=1`` that EasyEdit sets, whose part of the factor is not ours.
+EasyEdit must be importable by the interpreter that runs this (its own environment, with fastedit installed
+beside it). Both sides run the same lines: an editor from hyper-parameters, then ``batch_edit`` or ``edit``,
+which edits and scores. Seconds are of that call; ``edit`` is what EasyEdit reports for the edits alone. Given
+are the statistics (``fastedit stats --format easyedit``) and the context templates, which EasyEdit would
+sample. Compared are the changes of all weights, ‖ΔWa − ΔWb‖ / ‖ΔWa‖, and the scores after the edits. On a
+GPU, run it with ``--unblocked`` too: the original then runs without the ``CUDA_LAUNCH_BLOCKING=1`` that
+EasyEdit sets, whose part of the factor is not ours.
 """
 
 from __future__ import annotations
