@@ -39,6 +39,8 @@ def get_reprs_at_idxs(context: Context) -> Callable[..., Any]:
         kinds = {"in": ("in",), "out": ("out",), "both": ("in", "out")}.get(track)
         if kinds is None or not len(contexts) or not all(len(each) and min(each) >= 0 for each in idxs):
             raise NotCovered(f"track {track!r}, no prompt, or indices that count from the end")
+        if getattr(tok, "padding_side", "right") != "right":
+            raise NotCovered("the tokenizer pads on the left")
         module = _module(model, module_template.format(layer))
         found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         for start in range(0, len(contexts), _BATCH):
