@@ -18,6 +18,7 @@ from fastedit.integrations.key_cache import KeyCache
 from fastedit.integrations.research import projector, statistics
 from fastedit.integrations.sources import hashes_in
 from fastedit.models import describe
+from fastedit.ops import Projector
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 STAND_IN = STAND_INS / "research"
@@ -361,6 +362,18 @@ def test_statistics_of_all_layers_come_from_one_pass(repository, tmp_path):
             assert set(mine.files) == set(other.files)
             assert int(mine["mom2.count"]) == int(other["mom2.count"])
             assert mine["mom2.mom2"].dtype == other["mom2.mom2"].dtype
+
+
+def test_a_projector_of_float32_statistics_is_that_of_float64(monkeypatch):
+    monkeypatch.setattr(projector, "_WINDOW", 40)
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(160, 160, dtype=torch.float64)).Q
+    C = (Q * torch.logspace(-4, 1, 160, dtype=torch.float64)) @ Q.T
+    C += 200 * Q[:, :1] @ Q[:, :1].T  # one direction far above all others, as keys of real models have
+    C = ((C + C.T) / 2).float()
+    exact, ours = (Projector.from_spectrum(*projector.spectrum(each, 2e-2), 2e-2) for each in (C.double(), C))
+    assert ours.dimension == exact.dimension
+    assert relative(projector.dense(ours), projector.dense(exact)) < 1e-5
 
 
 @pytest.mark.parametrize("removed", [True, False])

@@ -8,14 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...editors.sweep import weighted_mean
-from ...stats.null_space import projector
 from ..locate import (
     FactorCache,
     Request,
     Writer,
     covered_model,
     covered_value_loss,
-    covering,
     describe_optimisation,
     keys_at,
     objective_of,
@@ -34,6 +32,7 @@ from ..research.memit import (
     write_and_remember,
     write_and_undo,
 )
+from ..research.projector import null_space
 from .job import AT_WORDS, READ, WORDS, Job, get_cov, rows_of
 
 _Z = ("find_fact_lookup_idx", WORDS)
@@ -115,20 +114,12 @@ def execute_alphaedit(context: Context) -> Callable[..., Any]:
 
 
 def get_project(context: Context) -> Callable[..., Any]:
-    """A symmetric eigendecomposition in float64 in place of an SVD: P of one layer, (d, d) float32 on the CPU."""
+    """P of one layer, (d, d) float32 on the CPU, from a symmetric eigendecomposition in place of an SVD."""
 
     def project(model: nn.Module, tok: Any, layer: int, hparams: Any) -> Tensor:
-        moment = get_cov(context, model, tok, hparams.rewrite_module_tmp.format(layer), hparams)
-        with covering():
-            matrix, about = projector(moment, float(hparams.nullspace_threshold), layer)
-        if about.ambiguous:
-            context.note(
-                f"{about.ambiguous} eigenvalues of layer {layer} are within 1e-6 of nullspace_threshold: on which "
-                "side they fall is a matter of rounding, in the original too"
-            )
-        if context.verbose:
-            print(about.kept)
-        return matrix.cpu()
+        name = hparams.rewrite_module_tmp.format(layer)
+        moment = get_cov(context, model, tok, name, hparams)
+        return null_space(context, name, moment, float(hparams.nullspace_threshold))
 
     return project
 
