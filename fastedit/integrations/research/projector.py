@@ -61,9 +61,9 @@ def null_space(context: Context, name: str, moment: Tensor, threshold: float) ->
 def spectrum(moment: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,), ascending, and eigenvectors (d, d) of C, float64.
 
-    Of a float32 C as exact as P needs them, at half the work: float32 mixes eigenvectors by about ε‖C‖ over the
-    distance of their eigenvalues, which matters between both sides of the threshold only. So those nearest to it are
-    found again in float64, in the space that they span (Rayleigh-Ritz).
+    Of a float32 C those nearest to the threshold are in float64, found in the space that they span (Rayleigh-Ritz),
+    and the others in float32, at half the work. Float32 mixes eigenvectors by about ε‖C‖ over the distance of their
+    eigenvalues, which matters for P only between both sides of the threshold; so does the original's SVD, everywhere.
     """
     d = len(moment)
     if moment.dtype == torch.float64 or d <= 2 * _WINDOW:
