@@ -69,7 +69,10 @@ def measure(args: argparse.Namespace) -> None:
         "like": args.like,
         "model": str(model),
         "batches": _facts(args),
-        "hparams": {**_hparams(description, args.method, args.layers, head), **json.loads(args.set)},
+        "hparams": {
+            **_hparams(description, args.method, _layers(description, args), head),
+            **json.loads(args.set),
+        },
         "contexts": CONTEXTS,
         "stats_dir": str(Path(args.stats).resolve()) if args.stats else "",
         "texts": str(Path(args.texts).resolve()) if args.texts else "",
@@ -135,14 +138,13 @@ def _facts(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
 
 
 def _layers(description: ModelDescription, args: argparse.Namespace) -> list[int]:
-    return args.layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
+    """Those asked for, or three a quarter of the way up; five for statistics, as published settings edit."""
+    first = description.n_layers // 4
+    return args.layers or list(range(first, first + (5 if args.method == "statistics" else 3)))
 
 
-def _hparams(
-    description: ModelDescription, method: str, layers: list[int] | None, head: str
-) -> dict[str, Any]:
+def _hparams(description: ModelDescription, method: str, layers: list[int], head: str) -> dict[str, Any]:
     """The published names, with the published values where they do not go by the model."""
-    layers = layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
     if method in ("rome", "emmet"):
         layers = layers[-1:]
     block = description.block_names[0].rpartition(".")[0] + ".{}"
