@@ -2,9 +2,17 @@
 
     python bench/drop_in.py REPOSITORY METHOD --model FOLDER --python ENV/bin/python --facts FILE -n 10
 
-Compares targets and changes of weights, and the time of each stage. Both sides run in the repository's environment
-under ``drop_in_shim.py``, with the same context templates and statistics files. Rows are added to
-``results/drop_in_<device>.csv`` and ``.md`` (``--out``).
+Compares targets and changes of weights, and the time of each stage. Both sides run in the repository's
+environment under ``drop_in_shim.py``, with the same context templates and statistics files. Rows are added to
+``results/drop_in_<device>.csv`` and ``.md`` (``--out``). All rows of ``TABLE`` in one command, where CLONES
+is the folder that holds the clones ``memit``, ``AlphaEdit`` and ``NSE``:
+
+    python bench/drop_in.py CLONES table --model FOLDER --python ENV/bin/python --facts FILE --stats FOLDER \\
+        --texts FILE -n 10 --threads 2 --out bench/results/drop_in_cpu.csv
+
+The stage "whole" is, for MEMIT, the call that edits; for AlphaEdit the projectors too; for NSE the targets
+too, which its script makes before the first edit. These repositories do not set ``CUDA_LAUNCH_BLOCKING``, and
+on a processor it means nothing: there is one baseline.
 """
 
 from __future__ import annotations
@@ -36,8 +44,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+TABLE = (("memit", "memit"), ("AlphaEdit", "alphaedit"), ("NSE", "nse"), ("memit", "statistics"))
+
+
 def main() -> None:
     args = _arguments()
+    if args.method != "table":
+        measure(args)
+        return
+    for name, method in TABLE:
+        chosen = {"repository": str(Path(args.repository) / name), "method": method}
+        if method == "statistics":
+            chosen |= {"facts": None, "n": 0}
+        measure(argparse.Namespace(**{**vars(args), **chosen}))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Both sides of one method, one after the other; prints and saves its rows."""
     model = Path(args.model).resolve()
     description, head = _describe(model)
     job = {
@@ -46,7 +69,10 @@ def main() -> None:
         "like": args.like,
         "model": str(model),
         "batches": _facts(args),
-        "hparams": {**_hparams(description, args.method, args.layers, head), **json.loads(args.set)},
+        "hparams": {
+            **_hparams(description, args.method, _layers(description, args), head),
+            **json.loads(args.set),
+        },
         "contexts": CONTEXTS,
         "stats_dir": str(Path(args.stats).resolve()) if args.stats else "",
         "texts": str(Path(args.texts).resolve()) if args.texts else "",
@@ -66,8 +92,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("repository", help="folder of the cloned repository")
-    add("method", help="memit, memit-rect, alphaedit, nse, emmet, rome, ultraedit or statistics")
+    add("repository", help="folder of the cloned repository; for a table, the folder of the clones")
+    add("method", help="memit, memit-rect, alphaedit, nse, emmet, rome, ultraedit or statistics; or table")
     add("--model", required=True, help="folder of a model that the repository's environment can load")
     add("--python", default=sys.executable, help="interpreter of the repository's environment")
     add("--facts", help="JSON list with prompt, subject, target_new and case_id, or CounterFact-like records")
@@ -112,14 +138,13 @@ def _facts(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
 
 
 def _layers(description: ModelDescription, args: argparse.Namespace) -> list[int]:
-    return args.layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
+    """Those asked for, or three a quarter of the way up; five for statistics, as published settings edit."""
+    first = description.n_layers // 4
+    return args.layers or list(range(first, first + (5 if args.method == "statistics" else 3)))
 
 
-def _hparams(
-    description: ModelDescription, method: str, layers: list[int] | None, head: str
-) -> dict[str, Any]:
+def _hparams(description: ModelDescription, method: str, layers: list[int], head: str) -> dict[str, Any]:
     """The published names, with the published values where they do not go by the model."""
-    layers = layers or list(range(description.n_layers // 4, description.n_layers // 4 + 3))
     if method in ("rome", "emmet"):
         layers = layers[-1:]
     block = description.block_names[0].rpartition(".")[0] + ".{}"
@@ -195,7 +220,7 @@ def _largest_difference(original: list[dict[str, Any]], ours: list[dict[str, Any
 
 def _print(rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
     for row in rows:
-        print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:12]))
+        print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:12]), flush=True)
     for name, reason in report["skipped"].items():
         print("left alone:", name, reason)
     for name, entry in report["fell_back"].items():

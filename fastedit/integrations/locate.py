@@ -7,10 +7,12 @@ function, so that a tokenizer's peculiarities have the same effect. Everything b
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from ..models.describe import ModelDescription, describe
 from ..models.runner import BlockRunner, frozen
 from ..models.tokens import TokenizedPrompt
 from ..ops import CovarianceFactor
-from .patching import NotCovered
+from .patching import Context, NotCovered
 
 Lookup = Callable[[list[str], list[str]], list[int]]
 
@@ -256,6 +258,89 @@ def keys_at(model: nn.Module, prompts: Sequence[TokenizedPrompt], layer: int) ->
     """(prompts, d_in) fp32: inputs of the block's output projection at each prompt's last token."""
     with covering(), frozen(model):
         return PromptSweep(BlockRunner(model), prompts, layer).keys()
+
+
+# -- ROME -----------------------------------------------------------------------------------------------
+
+
+def left_vector(
+    model: nn.Module, prompts: Sequence[TokenizedPrompt], layer: int, inverse: Tensor | None
+) -> Tensor:
+    """C⁻¹k̄ / ‖C⁻¹k̄‖, (d_in,), k̄ the mean key of the prompts; with no inverse, k̄ / ‖k̄‖."""
+    u = keys_at(model, prompts, layer).mean(0)
+    if inverse is not None:
+        u = inverse @ u.to(inverse)
+    return u / u.norm()
+
+
+def right_vector(
+    context: Context,
+    model: nn.Module,
+    hparams: Any,
+    layer: int,
+    request: Request,
+    rows: Sequence[FactRows],
+    bare: Sequence[TokenizedPrompt],
+    left: Tensor,
+) -> Tensor:
+    """(v* - W k) / ⟨k, u⟩, (d_out,): v* optimised at the MLP's output, k the key of the bare prompt.
+
+    Raises:
+        NotCovered: ``hparams.mlp_module_tmp`` names something else, or the MLP's output goes through a norm.
+    """
+    description, name = describe(model), hparams.mlp_module_tmp.format(layer)
+    with covering():
+        is_mlp = dict(model.named_modules()).get(name) is description.mlp(layer)
+    if not is_mlp or description.post_mlp_norm(layer) is not None:
+        raise NotCovered(f"{name} is not what the block adds to its stream")
+    values = optimised(model, [request], rows, objective_of(hparams, layer, at_mlp=True))
+    with covering(), frozen(model):
+        sweep = PromptSweep(BlockRunner(model), bare, layer)
+        key, output = sweep.keys()[0], sweep.projected(layer)[0]
+    target, divisor = values.target[0], torch.dot(key, left.to(key))
+    right = (target - output.to(target.device)) / divisor.to(target.device)
+    if context.verbose:
+        print(*describe_optimisation([request], values), sep="\n")
+        print(f"Division Factor: {float(divisor)}", f"Right vector norm: {right.norm()}", sep="\n")
+    return right
+
+
+def inverse_moment(context: Context) -> Callable[..., Tensor]:
+    """``get_inv_cov``: C⁻¹ (d, d) float32 by a Cholesky factor in float64, kept in the project's own cache."""
+    unified = context.version.startswith("scalable-model-editing/")
+    signature = inspect.signature(context.original)
+
+    def get_inv_cov(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = SimpleNamespace(**bound.arguments)
+        if unified and (call.constraint_rome or call.hparams.dynamic):
+            raise NotCovered("constraint_rome or dynamic")
+        space, name = context.namespace, call.layer_name
+        cache, key = space["inv_mom2_cache"], (call.model.config._name_or_path.replace("/", "_"), name)
+        if key not in cache:
+            with_hparams = hasattr(call, "hparams") and not unified
+            stat = space["layer_stats"](
+                call.model,
+                call.tok,
+                name,
+                call.hparams.stats_dir if with_hparams else space["STATS_DIR"],
+                call.mom2_dataset,
+                to_collect=["mom2"],
+                sample_size=call.mom2_n_samples,
+                precision=call.mom2_dtype,
+                **({"hparams": call.hparams} if with_hparams else {}),
+            )
+            moment = (stat[0] if unified else stat).mom2.moment()
+            factor, info = torch.linalg.cholesky_ex(
+                moment.to(call.model.get_submodule(name).weight.device).double()
+            )
+            if int(info):
+                raise NotCovered(f"the statistics of {name} are not positive definite")
+            cache[key] = torch.cholesky_inverse(factor).float()
+        return cache[key]
+
+    return get_inv_cov
 
 
 # -- writing --------------------------------------------------------------------------------------------

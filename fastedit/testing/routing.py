@@ -66,14 +66,13 @@ def error(
     base: Tensor,
     memories: Sequence[Tensor],
     activation: str,
-    transposed: bool = False,
-    bias: Tensor | None = None,
-    metric: str = "activated",
+    **options: Any,
 ) -> float:
     """The largest error, relative to the length of the outputs: a score is a difference of them."""
-    args = (activation, transposed, None if bias is None else bias.cpu(), metric)
-    reference = routing_score_reference(x.cpu(), base.cpu(), [w.cpu() for w in memories], *args)
-    origin = routing_score_reference(x.cpu(), base.cpu(), [torch.zeros_like(base.cpu())], *args)
+    options = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in options.items()}
+    x, base = x.cpu(), base.cpu()
+    reference = routing_score_reference(x, base, [w.cpu() for w in memories], activation, **options)
+    origin = routing_score_reference(x, base, [torch.zeros_like(base)], activation, **options)
     scale = origin.norm() / max(1, origin.numel()) ** 0.5 + reference.norm()
     return ((scores.cpu() - reference).abs().max() / scale).item() if reference.numel() else 0.0
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastedit.integrations import easyedit
 from fastedit.integrations.sources import hashes_in
 
-STAND_INS = Path(__file__).parent / "stand_ins"
+STAND_IN = Path(__file__).parent / "stand_ins" / "easyedit"
 REQUESTS = [
     {"case_id": 1, "prompt": "The capital of France is", "subject": "France", "target_new": "Lyon in Italy"},
     {"case_id": 2, "prompt": "{} is the capital of", "subject": "Tokyo", "target_new": "France"},
@@ -33,11 +33,11 @@ FAMILIES = ("llama", "gpt2")
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a module of the stand-in; what the test has loaded is unloaded afterwards."""
-    monkeypatch.syspath_prepend(str(STAND_INS))
+    monkeypatch.syspath_prepend(str(STAND_IN))
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     known: dict[str, dict[str, str]] = {}
-    for file in (STAND_INS / "easyeditor").rglob("*.py"):
-        module = ".".join(file.relative_to(STAND_INS).with_suffix("").parts)
+    for file in (STAND_IN / "easyeditor").rglob("*.py"):
+        module = ".".join(file.relative_to(STAND_IN).with_suffix("").parts)
         for name, digest in hashes_in(file.read_text()).items():
             known[f"{module}:{name}"] = {digest: "stand-in"}
     monkeypatch.setattr(easyedit, "KNOWN", known)
@@ -186,11 +186,55 @@ def test_rome_vectors(family: str, load: Callable[[str], Any], accelerated: Any)
     main = load("models.rome.rome_main")
     request = {"prompt": "The capital of {} is", "subject": "France", "target_new": " Lyon"}
     wanted = main.execute_rome(model, tokenizer, request, hparams, ["{}", *CONTEXTS])
+    kept = load("models.rome.compute_u").inv_mom2_cache
+    inverses = dict(kept)
+    kept.clear()
     report = accelerated()
     found = main.execute_rome(model, tokenizer, request, hparams, ["{}", *CONTEXTS])
-    assert (calls(report, "compute_u"), calls(report, "compute_v")) == (1, 1)
+    assert (calls(report, "compute_u"), calls(report, "compute_v"), calls(report, "get_inv_cov")) == (1, 1, 1)
+    assert kept.keys() == inverses.keys()
+    assert all(near(kept[key], value) for key, value in inverses.items())
     assert near(found[0], wanted[0])
     assert near(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("track", ["in", "out", "both"])
+def test_states_are_read_by_passes_that_end_there(
+    track: str, load: Callable[[str], Any], accelerated: Any
+) -> None:
+    model, tokenizer, hparams = prepared(load, "llama")
+    tools = load("models.rome.repr_tools")
+    blocks: list[int] = []
+
+    def read() -> Any:
+        words = ["France", "Miles Davis"]
+        contexts = ["The capital of {} is a town", "{} plays"]
+        template = hparams.rewrite_module_tmp
+        return tools.get_reprs_at_word_tokens(model, tokenizer, contexts, words, 1, template, "last", track)
+
+    wanted = read()
+    report = accelerated()
+    last = model.model.layers[2]
+    last.forward = lambda *args, **kwargs: blocks.append(2)  # what is above is not run
+    try:
+        found = read()
+    finally:
+        del last.forward
+    assert calls(report, "get_reprs_at_idxs") == 1
+    assert not blocks
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_states_read_elsewhere_go_to_the_original(load: Callable[[str], Any], accelerated: Any) -> None:
+    model, tokenizer, _ = prepared(load, "llama")
+    tools = load("models.rome.repr_tools")
+    report = accelerated()
+    for idxs, name in (([[2]], "model.norm"), ([[-1]], "model.layers.{}")):
+        tools.get_reprs_at_idxs(model, tokenizer, ["The capital of France"], idxs, 1, name, "out")
+    (reasons,) = report.fell_back.values()
+    assert list(reasons) == ["model.norm is not in a block of this model", *list(reasons)[1:]]
+    assert "count from the end" in list(reasons)[1]
 
 
 def test_what_is_not_covered_goes_to_the_original(load: Callable[[str], Any], accelerated: Any) -> None:
@@ -237,6 +281,7 @@ def wise_config(family: str) -> SimpleNamespace:
         alpha=1.0,
         beta=4.0,
         gamma=2.0,
+        act_ratio=0.5,
         save_freq=1,
         merge_freq=3,
         retrieve=True,
@@ -291,6 +336,56 @@ def test_wise_falls_back_on_replay(load: Callable[[str], Any], accelerated: Any)
     assert report.fell_back["easyeditor.models.wise.WISE:WISE.edit"] == {"replay of merged memories": 1}
 
 
+@pytest.mark.parametrize(
+    ("family", "layer", "retrieve"),
+    [
+        ("llama", "model.layers.1.mlp.down_proj", True),
+        ("llama", "model.layers.1.mlp.down_proj", False),
+        ("gpt2", "transformer.h.1.mlp.c_fc", False),
+    ],
+)
+def test_wise_routes_as_the_original(
+    family: str, layer: str, retrieve: bool, load: Callable[[str], Any], accelerated: Any
+) -> None:
+    module, generator = load("models.wise.WISE"), torch.Generator().manual_seed(0)
+    config = wise_config(family)
+    config.retrieve = retrieve
+    adapter = module.WISE(config, tiny_model(family), layer).get_adapter_layer()
+    base = adapter.original_layer.weight
+
+    def moved(size: float) -> Tensor:
+        return base + size * torch.randn(base.shape, generator=generator)
+
+    adapter.new_weight = torch.nn.Parameter(moved(0.1))
+    adapter.layer.weight = torch.nn.Parameter(moved(0.1))
+    if retrieve:
+        adapter.memory_weight = [moved(0.05), moved(0.2), moved(0.1)]
+        adapter.memory_mean_act = [module.EditingMeanAct(limit) for limit in (0.1, 9.0, 0.2)]
+    width = base.shape[0] if family == "gpt2" else base.shape[1]
+    inputs = [torch.randn(1, length, width, generator=generator) for length in (1, 5, 120)]
+    inputs.append(torch.randn(2, 130, width, generator=generator))
+    report, seen = accelerated(), set()
+    for limit in (1e-3, 1.0, 4.0, 1e3):
+        adapter.editing_mean_act = module.EditingMeanAct(limit)
+        for given in inputs:
+            wanted = module.WISEAdapter.forward.__wrapped__(adapter, given)
+            found = adapter(given).detach()
+            assert torch.equal(found, wanted)  # the same weight, and so the same bits
+            seen.add(round(float((found - adapter.original_layer(given).detach()).norm() / given.norm()), 2))
+    assert calls(report, "WISEAdapter.forward") == 4 * len(inputs)
+    assert len(seen) > 2
+
+
+def test_wise_routing_that_is_not_covered(load: Callable[[str], Any], accelerated: Any) -> None:
+    module = load("models.wise.WISE")
+    adapter = module.WISE(wise_config("llama"), tiny_model("llama"), "model.layers.1.mlp.down_proj")
+    adapter = adapter.get_adapter_layer()
+    report = accelerated()
+    adapter.bfloat16()(torch.randn(1, 3, 64).bfloat16())
+    (reason,) = report.fell_back["easyeditor.models.wise.WISE:WISEAdapter.forward"]
+    assert "16 bits" in reason
+
+
 def test_ties_merge(load: Callable[[str], Any], accelerated: Any) -> None:
     gta, generator = load("models.wise.merge.gta"), torch.Generator().manual_seed(0)
     base = torch.nn.Parameter(torch.randn(7, 9, generator=generator), requires_grad=False)
@@ -310,17 +405,28 @@ def test_other_merges_go_to_the_original(load: Callable[[str], Any], accelerated
     assert report.fell_back["easyeditor.models.wise.merge.gta:GTA.execute"]
 
 
-def test_grace_learns_the_same_values(load: Callable[[str], Any], accelerated: Any) -> None:
-    module, tokenizer = load("models.grace.GRACE"), tiny_tokenizer()
+def grace_config(**changes: Any) -> SimpleNamespace:
+    settings = {"n_iter": 4, "edit_lr": 0.1, "eps": 0.5, "replacement": "replace_last", "val_init": "warm"}
+    return SimpleNamespace(**{**settings, "val_train": "sgd", "eps_expand": "coverage", **changes})
+
+
+def grace_rows(tokenizer: Any, *texts: str) -> list[dict[str, Tensor]]:
+    """A batch of one for each text, with labels on its last two tokens."""
     rows = []
-    for text in ("The capital of France is Lyon", "Tokyo is the capital of France"):
+    for text in texts:
         ids = tokenizer(text, return_tensors="pt")
         labels = ids["input_ids"].clone()
         labels[:, :-2] = -100
         rows.append({**{key: ids[key] for key in ("input_ids", "attention_mask")}, "labels": labels})
+    return rows
+
+
+def test_grace_learns_the_same_values(load: Callable[[str], Any], accelerated: Any) -> None:
+    module, tokenizer = load("models.grace.GRACE"), tiny_tokenizer()
+    rows = grace_rows(tokenizer, "The capital of France is Lyon", "Tokyo is the capital of France")
 
     def run() -> Any:
-        config = SimpleNamespace(n_iter=4, edit_lr=0.1)
+        config = grace_config(eps=1e-3)
         grace = module.GRACE(config, tiny_model("llama"), "model.layers[1].mlp.down_proj")
         for number, tokens in enumerate(rows):
             grace.edit(config, tokens, number)
@@ -334,6 +440,65 @@ def test_grace_learns_the_same_values(load: Callable[[str], Any], accelerated: A
     assert near(found.adapter.keys, wanted.adapter.keys)
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-4)
     assert found.log_dict["nkeys"] == 2
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.2, 5.0])  # keys of their own, radii that meet, one key for all
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"replacement": "replace_all", "eps_expand": "moving_average"},
+        {"val_init": "cold", "val_train": "adv"},
+    ],
+)
+def test_grace_looks_up_as_the_original(
+    changes: dict[str, str], eps: float, load: Callable[[str], Any], accelerated: Any
+) -> None:
+    module, tokenizer = load("models.grace.GRACE"), tiny_tokenizer()
+    edits = grace_rows(
+        tokenizer,
+        "The capital of France is Lyon",
+        "The capital of France is Rome",  # the same key with another label
+        "Tokyo is the capital of France",
+        "The capital of France is Lyon",
+        "Miles lives in Rome",
+    )
+    asked = grace_rows(tokenizer, "The capital of France is", "Miles lives in", "Nobody knows the town of")
+
+    def run() -> tuple[Any, list[Tensor], list[list[int]]]:
+        torch.manual_seed(1)
+        config = grace_config(eps=eps, **changes)
+        grace = module.GRACE(config, tiny_model("llama"), "model.layers[1].mlp.down_proj")
+        for number, tokens in enumerate(edits):
+            grace.edit(config, tokens, number)
+        answers, chosen = [], []
+        for tokens in asked:
+            grace.adapter.key_id = -1
+            with torch.no_grad():
+                answers.append(grace.model(**{**tokens, "labels": None}).logits)
+            chosen.append(grace.adapter.chosen_key.tolist())
+        return grace.adapter, answers, chosen
+
+    wanted, wanted_answers, wanted_chosen = run()
+    report = accelerated(training=False)
+    found, answers, chosen = run()
+    assert calls(report, "GRACEAdapter.forward") == 5 * 4 + 3
+    assert chosen == wanted_chosen
+    assert found.edit_ids == wanted.edit_ids
+    torch.testing.assert_close(found.epsilons, wanted.epsilons, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.keys, wanted.keys, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(answers, wanted_answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_grace_look_up_that_is_not_covered(load: Callable[[str], Any], accelerated: Any) -> None:
+    module = load("models.grace.GRACE")
+    report = accelerated()
+    model = tiny_model("llama").double()
+    grace = module.GRACE(grace_config(), model, "model.layers[1].mlp.down_proj")
+    grace.adapter(torch.randn(1, 3, 64, dtype=torch.float64))
+    (reason,) = report.fell_back["easyeditor.models.grace.GRACE:GRACEAdapter.forward"]
+    assert "float64" in reason
 
 
 def test_ultraedit_shifts(load: Callable[[str], Any], accelerated: Any) -> None:

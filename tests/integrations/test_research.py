@@ -18,8 +18,10 @@ from fastedit.integrations.key_cache import KeyCache
 from fastedit.integrations.research import projector, statistics
 from fastedit.integrations.sources import hashes_in
 from fastedit.models import describe
+from fastedit.ops import Projector
 
-STANDIN = Path(__file__).parent / "standin"
+STAND_INS = Path(__file__).parent / "stand_ins"
+STAND_IN = STAND_INS / "research"
 REQUESTS = [
     {"case_id": 4, "prompt": "The capital of {} is", "subject": "France", "target_new": {"str": "Lyon"}},
     {"case_id": 7, "prompt": "{} plays the", "subject": "Miles Davis", "target_new": {"str": " violin"}},
@@ -42,12 +44,12 @@ def versions(folder):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """Imports a module of the stand-in; its modules are forgotten afterwards."""
-    yield from _importer(STANDIN, tmp_path, monkeypatch)
+    yield from _importer(STAND_IN, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def ultra(tmp_path, monkeypatch):
-    yield from _importer(STANDIN / "ultra", tmp_path, monkeypatch)
+    yield from _importer(STAND_INS / "ultraedit", tmp_path, monkeypatch)
 
 
 def _importer(folder, tmp_path, monkeypatch):
@@ -264,6 +266,45 @@ def test_pieces_by_themselves(repository):
     assert relative(ours[1], theirs[1]) < 1e-5
 
 
+def test_rome_left_vector_and_the_inverse_of_the_statistics(repository):
+    rome = repository("rome.compute_u")
+    model = model_of("llama")
+    settings = hparams(model, mom2_adjustment=True)
+    arguments = (model, tiny_tokenizer(), REQUESTS[0], settings, 1, ["{}", "The thing. {}"])
+    theirs, inverses = rome.compute_u(*arguments), dict(rome.inv_mom2_cache)
+    rome.inv_mom2_cache.clear()
+    with research.accelerate() as report:
+        ours = rome.compute_u(*arguments)
+        assert report.points["rome.compute_u:compute_u"].calls == 1
+        assert report.points["rome.compute_u:get_inv_cov"].calls == 1
+        assert not report.fell_back
+    assert relative(ours, theirs) < 1e-3
+    assert rome.inv_mom2_cache.keys() == inverses.keys()
+    for key, inverse in inverses.items():
+        assert relative(rome.inv_mom2_cache[key], inverse) < 1e-3
+
+
+def test_states_are_read_by_passes_that_end_there(repository):
+    tools = repository("rome.repr_tools")
+    model = model_of("gpt2")
+    arguments = (
+        model,
+        tiny_tokenizer(),
+        ["The capital of {} is"],
+        ["France"],
+        1,
+        "transformer.h.{}.mlp",
+        "last",
+        "both",
+    )
+    theirs = tools.get_reprs_at_word_tokens(*arguments)
+    with research.accelerate() as report:
+        ours = tools.get_reprs_at_word_tokens(*arguments)
+        assert report.points["rome.repr_tools:get_reprs_at_idxs"].calls == 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative(mine, other) < 1e-5
+
+
 def test_the_targets_of_a_data_set_are_made_ahead(repository, monkeypatch):
     z, main = repository("memit.compute_z"), repository("memit.memit_main")
     data = repository("dsets.counterfact")
@@ -286,12 +327,12 @@ def test_the_targets_of_a_data_set_are_made_ahead(repository, monkeypatch):
     monkeypatch.setattr(memit, "optimised", lambda *args: (sizes.append(len(args[1])), optimised(*args))[1])
     with research.accelerate():
         assert relative(targets(), theirs) < 1e-4
-        assert sizes == [1, 2, 4, 2]
+        assert sizes == [1, 8]
         with torch.no_grad():  # a write to the model makes what was made ahead worthless
             next(iter(model.parameters())).mul_(1.1)
         sizes.clear()
         changed = targets()
-        assert sizes == [1, 2, 4, 2]
+        assert sizes == [1, 8]
     assert relative(changed, theirs) > 1e-3
 
 
@@ -321,6 +362,22 @@ def test_statistics_of_all_layers_come_from_one_pass(repository, tmp_path):
             assert set(mine.files) == set(other.files)
             assert int(mine["mom2.count"]) == int(other["mom2.count"])
             assert mine["mom2.mom2"].dtype == other["mom2.mom2"].dtype
+
+
+def test_directions_near_the_threshold_are_told_apart_as_in_float64(monkeypatch):
+    monkeypatch.setattr(projector, "_WINDOW", 60)
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(160, 160, dtype=torch.float64)).Q
+    near = 2e-2 + 1e-5 * torch.arange(-19.5, 20, dtype=torch.float64)
+    values = [torch.linspace(1e-3, 5e-3, 60), near, torch.linspace(1, 10, 59), torch.tensor([200.0])]
+    C = (Q * torch.cat([each.double() for each in values])) @ Q.T
+    C = ((C + C.T) / 2).float()
+    exact, ours = (Projector.from_spectrum(*projector.spectrum(each, 2e-2), 2e-2) for each in (C.double(), C))
+    plain = Projector.from_spectrum(*torch.linalg.eigh(C), 2e-2)
+    assert ours.dimension == exact.dimension
+    error, plain_error = (relative(projector.dense(each), projector.dense(exact)) for each in (ours, plain))
+    assert error < 5e-3
+    assert plain_error > 20 * error
 
 
 @pytest.mark.parametrize("removed", [True, False])
@@ -473,7 +530,7 @@ def script(tmp_path):
 
     import shutil
 
-    shutil.copytree(STANDIN, tmp_path / "repository", ignore=shutil.ignore_patterns("__pycache__", "ultra"))
+    shutil.copytree(STAND_IN, tmp_path / "repository", ignore=shutil.ignore_patterns("__pycache__"))
     return run
 
 
@@ -481,7 +538,7 @@ def script(tmp_path):
 def test_a_script_runs_accelerated_and_unchanged(script):
     command = ["-m", "experiments.evaluate"]
     theirs, _, _ = script(command)
-    ours, report, done = script(command, versions(STANDIN))
+    ours, report, done = script(command, versions(STAND_IN))
     assert report["replaced"]["experiments.evaluate:get_project"]["calls"] == 2
     assert report["replaced"]["AlphaEdit.AlphaEdit_main:apply_AlphaEdit_to_model"]["calls"] == 1
     assert not report["fell_back"]

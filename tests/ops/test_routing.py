@@ -210,7 +210,7 @@ def test_any_input_agrees_with_the_reference(
         else:
             with backend.use_backend(name):
                 scores = routing_score(x, base, memories, activation, transposed=transposed, bias=bias)
-        assert error(scores, x, base, memories, activation, transposed, bias) < 2e-6
+        assert error(scores, x, base, memories, activation, transposed=transposed, bias=bias) < 2e-6
 
 
 # ---- decisions ------------------------------------------------------------------------------------------

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...editors.sequential import InStep
 from ...editors.sweep import weighted_mean
-from ...ops import RidgeSolver
-from ...stats.null_space import projector
-from ..key_cache import KeyCache
 from ..locate import (
     FactorCache,
     Request,
     Writer,
     covered_model,
     covered_value_loss,
-    covering,
     describe_optimisation,
-    kept_weights,
     keys_at,
     objective_of,
     optimised,
@@ -29,7 +22,17 @@ from ..locate import (
 )
 from ..patching import Context, NotCovered, Point
 from ..research.job import lookup_of
-from ..research.projector import recalled_projector
+from ..research.memit import (
+    Past,
+    cache_of,
+    pairs_of,
+    set_factors,
+    set_projectors,
+    weight_name,
+    write_and_remember,
+    write_and_undo,
+)
+from ..research.projector import null_space
 from .job import AT_WORDS, READ, WORDS, Job, get_cov, rows_of
 
 _Z = ("find_fact_lookup_idx", WORDS)
@@ -57,8 +60,9 @@ def execute_memit(context: Context) -> Callable[..., Any]:
         job = Job(context, model, tok, requests, hparams)
         weight = hparams.mom2_update_weight
         writer = Writer.of("memit", model, tok, hparams, job.contexts, covariance_weight=weight)
-        _set_factors(job, writer, factors, weight)
-        return _pairs(job, writer, cache_template)
+        set_factors(job, writer, factors, weight)
+        write_and_undo(job, writer, cache_template)
+        return pairs_of(job, writer)
 
     return execute
 
@@ -74,51 +78,14 @@ def execute_emmet(context: Context) -> Callable[..., Any]:
         weight = hparams.mom2_update_weight
         settings = {"covariance_weight": weight, "ridge": hparams.emmet_lambda}
         writer = Writer.of("emmet", model, tok, hparams, job.contexts, **settings)
-        _set_factors(job, writer, factors, weight, ridge=hparams.update_norm_lambda)
-        return _pairs(job, writer, cache_template)
+        set_factors(job, writer, factors, weight, ridge=hparams.update_norm_lambda)
+        write_and_undo(job, writer, cache_template)
+        return pairs_of(job, writer)
 
     return execute
 
 
-def _set_factors(job: Job, writer: Writer, factors: FactorCache, weight: float, ridge: float = 0.0) -> None:
-    for layer in job.hparams.layers:
-        device = job.description.projection(layer).weight.device
-        moment = job.covariance(layer)
-        writer.set_factor(layer, factors.get(moment, weight, ridge=ridge, layer=layer, device=device))
-
-
-def _pairs(job: Job, writer: Writer, cache_template: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """By weight, the pair (X, R) on the CPU that ``apply_*`` multiplies; the model keeps its bits."""
-    _write_and_undo(job, writer, cache_template)
-    return {_name(job, each.layer): (each.right.cpu(), each.left.cpu()) for each in writer.written}
-
-
-def _write_and_undo(job: Job, writer: Writer, cache_template: Any) -> dict[int, Tensor]:
-    """Write, then put the weights' bits back; returns the keys by layer."""
-    values = job.values(cache_template)
-    with kept_weights(job.weights, undo=True):
-        norms = job.norms()
-        keys = writer.write(job.rows, values)
-        job.say(*writer.describe(norms) if job.context.verbose else ())
-    return keys
-
-
-def _name(job: Job, layer: int) -> str:
-    return job.description.projection(layer).weight_name
-
-
 # -- AlphaEdit ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Past:
-    """What belongs to the keys in a cache: the writer whose solvers hold them, and what it was made for."""
-
-    writer: Writer
-    model: nn.Module
-    P: Tensor
-    ridge: float
-    layers: list[int]
 
 
 def execute_alphaedit(context: Context) -> Callable[..., Any]:
@@ -128,66 +95,31 @@ def execute_alphaedit(context: Context) -> Callable[..., Any]:
         model: nn.Module, tok: Any, requests: Any, hparams: Any, cache_template: Any = None
     ) -> dict[str, Tensor]:
         job = Job(context, model, tok, requests, hparams, always=True)
-        cache = _cache(context, job)
-        writer: Writer = cache.state.writer
-        keys = _write_and_undo(job, writer, cache_template)
-        writer.editor.history.add("", keys)
-        cache.add_keys([keys[layer].cpu() for layer in hparams.layers])
+        P = context.namespace["P"]
+        cache = cache_of(context.namespace["cache_c"], model, hparams, P)
+        if cache.state is None:
+            writer = Writer.of("alphaedit", model, tok, hparams, job.contexts, ridge=float(hparams.L2))
+            set_projectors(writer, hparams, P)
+            cache.state = Past(writer, model, dict(vars(hparams)), P)
+        write_and_remember(job, cache, cache_template, undo=True)
         context.namespace["cache_c"] = cache
         deltas = {}
-        for each in writer.written:
+        for each in cache.state.writer.written:
             update = each.left.float() @ each.right.float().T
             transposed = job.description.projection(each.layer).transposed
-            deltas[_name(job, each.layer)] = (update.T if transposed else update).cpu()
+            deltas[weight_name(job, each.layer)] = (update.T if transposed else update).cpu()
         return deltas
 
     return execute
 
 
-def _cache(context: Context, job: Job) -> KeyCache:
-    """The keys behind EasyEdit's ``cache_c``: ours of the batches before, or none for a matrix of zeros.
-
-    Raises:
-        NotCovered: keys that somebody else has added, or that belong to another model, P or setting.
-    """
-    given, P = context.namespace["cache_c"], context.namespace["P"]
-    layers, ridge = list(job.hparams.layers), float(job.hparams.L2)
-    if isinstance(given, KeyCache):
-        past: _Past = given.state
-        if given.changed:
-            raise NotCovered("cache_c was changed by somebody else")
-        if past.model is not job.model or past.P is not P or (past.ridge, past.layers) != (ridge, layers):
-            raise NotCovered("cache_c belongs to another model, other settings or another P")
-        return given
-    if len(given) != len(layers) or len(P) != len(layers):
-        raise NotCovered(f"P and cache_c are not of {len(layers)} layers")
-    if bool(given.any()):
-        raise NotCovered("cache_c holds keys that are not known one by one")
-    writer = Writer.of("alphaedit", job.model, job.tokenizer, job.hparams, job.contexts, ridge=ridge)
-    editor: Any = writer.editor
-    for index, layer in enumerate(layers):
-        projection = job.description.projection(layer)
-        found = recalled_projector(projection.name, P[index], projection.weight.device)
-        solver = RidgeSolver(projection.d_in, ridge, projector=found)
-        editor._solvers[layer] = solver, InStep(solver)
-    return KeyCache(given, _Past(writer, job.model, P, ridge, layers))
-
-
 def get_project(context: Context) -> Callable[..., Any]:
-    """A symmetric eigendecomposition in float64 in place of an SVD: P of one layer, (d, d) float32 on the CPU."""
+    """P of one layer, (d, d) float32 on the CPU, from a symmetric eigendecomposition in place of an SVD."""
 
     def project(model: nn.Module, tok: Any, layer: int, hparams: Any) -> Tensor:
-        moment = get_cov(context, model, tok, hparams.rewrite_module_tmp.format(layer), hparams)
-        with covering():
-            matrix, about = projector(moment, float(hparams.nullspace_threshold), layer)
-        if about.ambiguous:
-            context.note(
-                f"{about.ambiguous} eigenvalues of layer {layer} are within 1e-6 of nullspace_threshold: on which "
-                "side they fall is a matter of rounding, in the original too"
-            )
-        if context.verbose:
-            print(about.kept)
-        return matrix.cpu()
+        name = hparams.rewrite_module_tmp.format(layer)
+        moment = get_cov(context, model, tok, name, hparams)
+        return null_space(context, name, moment, float(hparams.nullspace_threshold))
 
     return project
 

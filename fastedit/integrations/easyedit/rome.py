@@ -1,26 +1,15 @@
-"""Replacements for EasyEdit's ROME: the key direction and the value of one fact."""
+"""Replacements for EasyEdit's ROME: the key direction and the value of one fact; C⁻¹; keys read by other methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...editors.sweep import PromptSweep
-from ...models.runner import BlockRunner, frozen
-from ..locate import (
-    Request,
-    covered_model,
-    covering,
-    describe_optimisation,
-    keys_at,
-    objective_of,
-    optimised,
-    prompt_rows,
-)
+from ..locate import Request, covered_model, inverse_moment, left_vector, prompt_rows, right_vector
 from ..patching import Context, NotCovered, Point
+from ..representations import get_reprs_at_idxs
 from ..research.job import lookup_of
 from .job import READ, WORDS, rows_of
 
@@ -38,7 +27,7 @@ def compute_u(context: Context) -> Callable[..., Any]:
             [request["subject"]] * len(context_templates),
             lookup_of(context.original, WORDS, tok),
         )
-        u = keys_at(model, prompts, layer).mean(0).to(description.projection(layer).weight.dtype)
+        inverse = None
         if hparams.mom2_adjustment:
             inverse = context.namespace["get_inv_cov"](
                 model,
@@ -49,8 +38,7 @@ def compute_u(context: Context) -> Callable[..., Any]:
                 hparams.mom2_dtype,
                 hparams=hparams,
             )
-            u = (inverse.to(u) @ u.unsqueeze(1)).squeeze()
-        return u / u.norm()
+        return left_vector(model, prompts, layer, inverse).to(description.projection(layer).weight)
 
     return compute
 
@@ -68,26 +56,13 @@ def compute_v(context: Context) -> Callable[..., Any]:
         context_templates: Any,
     ) -> Tensor:
         description = covered_model(model, tok, hparams, [layer])
-        name = hparams.mlp_module_tmp.format(layer)
-        with covering():
-            is_mlp = dict(model.named_modules()).get(name) is description.mlp(layer)
-        if not is_mlp or description.post_mlp_norm(layer) is not None:
-            raise NotCovered(f"{name} is not what the block adds to its stream")
         if not 0 <= max(hparams.v_loss_layer, layer) < description.n_layers:
             raise NotCovered(f"there is no block {hparams.v_loss_layer}, v_loss_layer")
         one = Request(request["prompt"], request["subject"], request["target_new"])
         contexts, length = list(context_templates), description.context_length
         rows = rows_of(context.original, tok, [one], contexts, length, trim=False)
-        values = optimised(model, [one], rows, objective_of(hparams, layer, at_mlp=True))
         bare = prompt_rows(tok, [one.prompt], [one.subject], lookup_of(context.original, WORDS, tok))
-        with covering(), frozen(model):
-            sweep = PromptSweep(BlockRunner(model), bare, layer)
-            key, output = sweep.keys()[0], sweep.projected(layer)[0]
-        divisor = torch.dot(key, left_vector.to(key))
-        right = (values.target[0].to(output) - output) / divisor.to(output)
-        if context.verbose:
-            print(*describe_optimisation([one], values), sep="\n")
-            print(f"Division Factor: {float(divisor)}", f"Right vector norm: {right.norm()}", sep="\n")
+        right = right_vector(context, model, hparams, layer, one, rows, bare, left_vector)
         return right.to(description.projection(layer).weight.dtype)
 
     return compute
@@ -97,6 +72,11 @@ def points(models: str) -> list[Point]:
     """The points in EasyEdit's package of methods."""
     at_word = "get_module_input_output_at_word"
     return [
+        Point(f"{models}.rome.repr_tools:get_reprs_at_idxs", get_reprs_at_idxs),
+        *(
+            Point(f"{models}.{package}.compute_u:get_inv_cov", inverse_moment)
+            for package in ("rome", "r_rome")
+        ),
         Point(f"{models}.rome.compute_u:compute_u", compute_u, (*READ, WORDS)),
         Point(
             f"{models}.rome.compute_v:compute_v", compute_v, ("find_fact_lookup_idx", WORDS, at_word, *READ)

@@ -1,4 +1,4 @@
-"""Replacements for EasyEdit's WISE: the mask, the training of one edit, and the merge."""
+"""Replacements for EasyEdit's WISE: the mask, the training of one edit, the merge, and the routing of an answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...editors.token_losses import token_nll
-from ...ops import BitMask, masked_sgd_, ties_merge
+from ...ops import BitMask, masked_sgd_, route, routing_score, ties_merge
 from ..locate import covering
 from ..patching import Context, NotCovered, Point
 from .frozen_blocks import FrozenBlocks, forward_replaced
@@ -139,6 +140,68 @@ class _Training:
         )
 
 
+_LONG = 100  # tokens above which the original takes the greatest distance of a text instead of the mean
+
+
+def forward(context: Context) -> Callable[..., Tensor]:
+    """``WISEAdapter.forward``: distances of all memories in one pass, then one product with the weight chosen.
+
+    One route for the whole batch, as the original has it.
+    """
+
+    def routed(self: Any, *args: Any) -> Tensor:
+        if self.editing:
+            self.new_weight_layer_output = self.new_weight_forward(*args)
+            self.original_layer_output = self.original_layer(*args)
+            return self.new_weight_layer_output
+        base, bias, transposed = self.original_layer.weight, self.original_layer.bias, self.bias is not None
+        if self.config.retrieve:
+            memories, rule = [self.new_weight, *self.memory_weight], "retrieve"
+            means = [self.editing_mean_act, *self.memory_mean_act]
+        else:
+            memories, rule = [self.layer.weight, self.new_weight], "merge"
+            means = [self.editing_mean_act]
+        _require_plain(self, args, memories, rule)
+        with covering(), torch.no_grad():
+            try:
+                scores = routing_score(
+                    args[0], base, memories, self.config.hidden_act, transposed=transposed, bias=bias
+                )
+            except (TypeError, ValueError) as error:
+                raise NotCovered(str(error)) from error
+            limits = torch.tensor([each.min_act() * self.config.act_ratio for each in means]).to(scores)
+            # of a batch: the mean over all tokens, or the mean of the texts' greatest distances
+            long = args[0].shape[1] > _LONG
+            scores = scores.amax(1).mean(0)[None] if long else scores.flatten(0, 1)
+            index, _ = route(scores, limits if len(limits) > 1 else limits[0], rule=rule)
+        chosen = int(index)
+        if chosen < 0:
+            return self.original_layer(*args)
+        if rule == "merge":
+            return self.layer(*args) if chosen == 0 else self.new_weight_forward(*args)
+        return self.new_weight_forward(*args) if chosen == 0 else F.linear(*args, memories[chosen])
+
+    return routed
+
+
+def _require_plain(adapter: Any, args: tuple[Any, ...], memories: list[Tensor], rule: str) -> None:
+    """That the distances are those of one batch of one text, or of long texts, in float32.
+
+    Raises:
+        NotCovered: else.
+    """
+    if len(args) != 1 or args[0].dim() != 3:
+        raise NotCovered("an input that is not (rows, length, width)")
+    dtypes = {each.dtype for each in (args[0], adapter.original_layer.weight, *memories)}
+    if dtypes != {torch.float32}:
+        raise NotCovered("weights of 16 bits, whose rounded outputs are part of the original's distances")
+    if args[0].shape[0] != 1 and args[0].shape[1] <= _LONG and (rule == "merge" or len(memories) > 1):
+        raise NotCovered("a batch of several texts, which the original does not route")
+    bias = getattr(adapter.original_layer, "bias", None)
+    if bias is not None and (adapter.bias is None or (rule == "retrieve" and len(memories) > 1)):
+        raise NotCovered("memories of a layer with a bias, which the original leaves out")
+
+
 def execute_merge(context: Context) -> Callable[..., Tensor]:
     """``GTA.execute`` as TIES: trim, elect and sum in two passes."""
 
@@ -179,6 +242,11 @@ def points(models: str) -> list[Point]:
     )
     return [
         Point(f"{module}:WISEAdapter.generate_activation_mask", generate_activation_mask),
+        Point(
+            f"{module}:WISEAdapter.forward",
+            forward,
+            ("euc", "WISEAdapter.new_weight_forward", "EditingMeanAct.min_act"),
+        ),
         Point(f"{module}:WISE.edit", edit, used),
         Point(
             f"{models}.wise.merge.gta:GTA.execute",

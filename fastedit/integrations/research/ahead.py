@@ -1,8 +1,8 @@
 """Reading ahead, where a script makes the targets of a whole data set one record at a time.
 
-NSE's evaluation script does so before the first edit. As long as records are asked for in their order and no weight
-changes, the targets of the records that come next are optimised together with the one that is asked for: two, four,
-... up to 64 at a time. Targets that are not asked for are dropped.
+NSE's evaluation script does so before the first edit. From the second record on that is asked for in order, and as
+long as no weight changes, the targets of those that follow are optimised together with it, up to 64 at a time.
+Targets that are not asked for are dropped.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class ReadAhead:
         self._ready: dict[str, Tensor] = {}
         self._stamp: Any = None
         self._next: tuple[int, int] | None = None  # data set's id and the index that would follow
-        self._window = 1
 
     def take(
         self, request: Mapping[str, Any], stamp: Any, make: Callable[[Sequence[Mapping[str, Any]]], Tensor]
@@ -87,9 +86,8 @@ class ReadAhead:
             self._next = None
             return make([request])[0]
         following = self._next == (id(place.data()), place.index)
-        self._window = min(2 * self._window, _MOST) if following else 1
         requests = [dict(request)]
-        while len(requests) < self._window:
+        while following and len(requests) < _MOST:
             coming = place.record(place.index + len(requests))
             if coming is None:
                 break

@@ -60,8 +60,8 @@ def execute_memit(context: Context) -> Callable[..., Any]:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         job = Job(context, model, tok, requests, hparams)
         writer = _memit_writer(job, factors)
-        _write_and_undo(job, writer, cache_template)
-        return {_name(job, each.layer): (each.right.cpu(), each.left.cpu()) for each in writer.written}
+        write_and_undo(job, writer, cache_template)
+        return pairs_of(job, writer)
 
     return execute
 
@@ -82,7 +82,7 @@ def execute_memit_unified(context: Context) -> Callable[..., Any]:
         _require_no_objective(hparams)
         job = Job(context, model, tok, requests, hparams)
         writer = _memit_writer(job, factors, ridge=hparams.update_norm_lambda)
-        zs = _write_and_undo(job, writer, cache_template)
+        zs, _ = write_and_undo(job, writer, cache_template)
         norms = {"C_inv_norm": None, "D_inv_norm": None, "D_norm": None}
         return _with_norms(job, writer, zs, {each.layer: norms for each in writer.written})
 
@@ -109,8 +109,8 @@ def execute_emmet(context: Context) -> Callable[..., Any]:
             covariance_weight=hparams.mom2_update_weight,
             ridge=ridge,
         )
-        _set_factors(job, writer, factors, hparams.mom2_update_weight, ridge=hparams.update_norm_lambda)
-        zs = _write_and_undo(job, writer, cache_template)
+        set_factors(job, writer, factors, hparams.mom2_update_weight, ridge=hparams.update_norm_lambda)
+        zs, _ = write_and_undo(job, writer, cache_template)
         norms = {}
         for each in writer.written:
             factor = writer.editor.factor(each.layer)
@@ -133,11 +133,12 @@ def execute_emmet(context: Context) -> Callable[..., Any]:
 def _memit_writer(job: Job, factors: FactorCache, ridge: float = 0.0) -> Writer:
     weight = job.hparams.mom2_update_weight
     writer = Writer.of("memit", job.model, job.tokenizer, job.hparams, job.contexts, covariance_weight=weight)
-    _set_factors(job, writer, factors, weight, ridge=ridge)
+    set_factors(job, writer, factors, weight, ridge=ridge)
     return writer
 
 
-def _set_factors(job: Job, writer: Writer, factors: FactorCache, weight: float, **options: Any) -> None:
+def set_factors(job: Job, writer: Writer, factors: FactorCache, weight: float, **options: Any) -> None:
+    """Give the writer a factor of weight · C for each layer; ``options`` are those of :meth:`FactorCache.get`."""
     for layer in job.hparams.layers:
         device = job.description.projection(layer).weight.device
         writer.set_factor(
@@ -145,16 +146,23 @@ def _set_factors(job: Job, writer: Writer, factors: FactorCache, weight: float, 
         )
 
 
-def _write_and_undo(job: Job, writer: Writer, cache_template: Any) -> Tensor:
-    """Write, then put the weights' bits back; returns the values (n, hidden)."""
+def write_and_undo(
+    job: Job, writer: Writer, cache_template: Any, *, undo: bool = True
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Write, then put the weights' bits back if ``undo``; the values (n, hidden) and, by layer, the keys."""
     job.say_requests()
     values = job.values(cache_template)
-    with kept_weights(job.weights, undo=True):
+    with kept_weights(job.weights, undo=undo):
         norms = job.norms()
-        writer.write(job.rows, values)
+        keys = writer.write(job.rows, values)
         job.say(*writer.describe(norms) if job.context.verbose else ())
     job.say(f"Deltas successfully computed for {list(job.weights)}")
-    return values.target
+    return values.target, keys
+
+
+def pairs_of(job: Job, writer: Writer) -> dict[str, tuple[Tensor, Tensor]]:
+    """By weight, the factors of what was written, (d_in, n) and (d_out, n) float64 on the CPU."""
+    return {weight_name(job, each.layer): (each.right.cpu(), each.left.cpu()) for each in writer.written}
 
 
 def _require_no_objective(hparams: Any) -> None:
@@ -184,11 +192,12 @@ def _with_norms(
             **norms[each.layer],
             "cov": float(moment.norm()),
         }
-        result[_name(job, each.layer)] = (each.right.cpu(), each.left.cpu(), None, None, None, inside)
+        result[weight_name(job, each.layer)] = (each.right.cpu(), each.left.cpu(), None, None, None, inside)
     return result
 
 
-def _name(job: Job, layer: int) -> str:
+def weight_name(job: Job, layer: int) -> str:
+    """The parameter that is edited in a layer."""
     return job.description.projection(layer).weight_name
 
 
@@ -196,7 +205,7 @@ def _name(job: Job, layer: int) -> str:
 
 
 @dataclass
-class _Past:
+class Past:
     """What belongs to a :class:`KeyCache`: the writer whose solvers hold its keys, and what it was made for."""
 
     writer: Writer
@@ -205,14 +214,14 @@ class _Past:
     P: Any = None
 
 
-def _cache_of(given: Any, model: nn.Module, hparams: Any, P: Any = None) -> KeyCache:
+def cache_of(given: Any, model: nn.Module, hparams: Any, P: Any = None) -> KeyCache:
     """Our cache behind the caller's ``cache_c``: the one we gave back, or a new one for a matrix of zeros.
 
     Raises:
         NotCovered: a matrix that we did not make, that was changed since, or that belongs to something else.
     """
     if isinstance(given, KeyCache):
-        past: _Past = given.state
+        past: Past = given.state
         if given.changed:
             raise NotCovered("cache_c was changed by somebody else")
         if past.model is not model or past.settings != vars(hparams) or past.P is not P:
@@ -237,19 +246,24 @@ def apply_alphaedit(context: Context) -> Callable[..., Any]:
         cache_c: Any = None,
         P: Any = None,
     ) -> tuple[nn.Module, Tensor]:
-        cache = _cache_of(cache_c, model, hparams, P)
+        cache = cache_of(cache_c, model, hparams, P)
         job = Job(context, model, tok, requests, hparams)
         if cache.state is None:
             writer = Writer.of("alphaedit", model, tok, hparams, job.contexts, ridge=float(hparams.L2))
-            _set_projectors(writer, hparams, P)
-            cache.state = _Past(writer, model, dict(vars(hparams)), P)
-        _write_and_remember(job, cache, cache_template)
+            set_projectors(writer, hparams, P)
+            cache.state = Past(writer, model, dict(vars(hparams)), P)
+        write_and_remember(job, cache, cache_template)
         return model, cache
 
     return apply
 
 
-def _set_projectors(writer: Writer, hparams: Any, P: Any) -> None:
+def set_projectors(writer: Writer, hparams: Any, P: Any) -> None:
+    """Give the writer solvers of ridge L2 on the thin form of each layer's P.
+
+    Raises:
+        NotCovered: no stack of orthogonal projectors.
+    """
     editor: Any = writer.editor
     if not isinstance(P, Tensor) or P.dim() != 3 or len(P) != len(hparams.layers):
         raise NotCovered(f"P is no stack of {len(hparams.layers)} projectors")
@@ -271,7 +285,7 @@ def apply_nse(context: Context) -> Callable[..., Any]:
         cache_template: Any = None,
         cache_c: Any = None,
     ) -> tuple[nn.Module, Tensor]:
-        cache = _cache_of(cache_c, model, hparams)
+        cache = cache_of(cache_c, model, hparams)
         job = Job(context, model, tok, requests, hparams)
         stored = {"gpt2-xl": True, "EleutherAI_gpt-j-6B": False, "Llama3-8B": False}.get(hparams.model_name)
         if any(job.description.projection(layer).transposed is not stored for layer in hparams.layers):
@@ -292,15 +306,15 @@ def apply_nse(context: Context) -> Callable[..., Any]:
                 mass=hparams.neuron_threshold,
             )
             _choose_some_neurons(writer, force="nse_p_overflow" in context.fix)
-            _set_factors(
+            set_factors(
                 job,
                 writer,
                 FactorCache(),
                 hparams.mom2_update_weight,
                 keep_matrix=hparams.neuron_threshold < 1,
             )
-            cache.state = _Past(writer, model, dict(vars(hparams)))
-        _write_and_remember(job, cache, cache_template)
+            cache.state = Past(writer, model, dict(vars(hparams)))
+        write_and_remember(job, cache, cache_template)
         return model, cache
 
     return apply
@@ -335,13 +349,11 @@ def execute_memit_seq(context: Context) -> Callable[..., Any]:
         cache_template: Any = None,
         cache_c: Any = None,
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        cache = _cache_of(cache_c, model, hparams)
+        cache = cache_of(cache_c, model, hparams)
         job = Job(context, model, tok, requests, hparams)
         _prepare_seq(job, cache)
-        with kept_weights(job.weights, undo=True):
-            _write_and_remember(job, cache, cache_template)
-        written = cache.state.writer.written
-        return {_name(job, each.layer): (each.right.cpu(), each.left.cpu()) for each in written}, cache
+        write_and_remember(job, cache, cache_template, undo=True)
+        return pairs_of(job, cache.state.writer), cache
 
     return execute
 
@@ -363,10 +375,10 @@ def apply_memit_seq(context: Context) -> Callable[..., Any]:
             raise NotCovered("as published it loses cache_c and fails: accelerate(fix=['memit_seq_cache'])")
         if copy:
             raise NotCovered("copy=True")
-        cache = _cache_of(cache_c, model, hparams)
+        cache = cache_of(cache_c, model, hparams)
         job = Job(context, model, tok, requests, hparams)
         _prepare_seq(job, cache)
-        _write_and_remember(job, cache, cache_template)
+        write_and_remember(job, cache, cache_template)
         return model, cache
 
     return apply
@@ -378,22 +390,16 @@ def _prepare_seq(job: Job, cache: KeyCache) -> None:
         writer = Writer.of(
             "memit-cache", job.model, job.tokenizer, job.hparams, job.contexts, covariance_weight=weight
         )
-        _set_factors(job, writer, FactorCache(), weight)
-        cache.state = _Past(writer, job.model, dict(vars(job.hparams)))
+        set_factors(job, writer, FactorCache(), weight)
+        cache.state = Past(writer, job.model, dict(vars(job.hparams)))
 
 
-def _write_and_remember(job: Job, cache: KeyCache, cache_template: Any) -> None:
-    """Write into the model and add the keys under the weights written to the cache and its solvers."""
+def write_and_remember(job: Job, cache: KeyCache, cache_template: Any, *, undo: bool = False) -> None:
+    """Write into the model, and add the keys under the weights written to the cache and its solvers."""
     writer: Writer = cache.state.writer
-    job.say_requests()
-    values = job.values(cache_template)
-    with kept_weights(job.weights, undo=False):
-        norms = job.norms()
-        keys = writer.write(job.rows, values)
-        job.say(*writer.describe(norms) if job.context.verbose else ())
+    _, keys = write_and_undo(job, writer, cache_template, undo=undo)
     writer.editor.history.add("", keys)
     cache.add_keys([keys[layer].cpu() for layer in job.hparams.layers])
-    job.say(f"Deltas successfully computed for {list(job.weights)}")
 
 
 # -- pieces by themselves ----------------------------------------------------------------------------------------

@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...editors.sweep import PromptSweep
-from ...models.runner import BlockRunner, frozen
 from ..locate import (
     Request,
     covered_model,
-    covering,
-    describe_optimisation,
-    keys_at,
-    objective_of,
-    optimised,
+    inverse_moment,
+    left_vector,
     prompt_rows,
+    right_vector,
     value_rows,
 )
 from ..patching import Context, NotCovered, Point
+from ..representations import get_reprs_at_idxs
 from .job import lookup_of, trim_of
 
 _AT_WORD = "get_module_input_output_at_word"
@@ -46,21 +42,19 @@ def compute_u(context: Context) -> Callable[..., Any]:
             [request["subject"]] * len(context_templates),
             lookup_of(context.original, _WORDS, tok),
         )
-        u = keys_at(model, prompts, layer).mean(0)
+        inverse = None
         if hparams.mom2_adjustment:
-            settings = (
+            inverse = context.namespace["get_inv_cov"](
+                model,
+                tok,
+                *([hparams] if unified else []),
                 hparams.rewrite_module_tmp.format(layer),
                 hparams.mom2_dataset,
                 hparams.mom2_n_samples,
                 hparams.mom2_dtype,
+                **({"hparams": hparams} if family else {}),
             )
-            inverse = context.namespace["get_inv_cov"]
-            if unified:
-                matrix = inverse(model, tok, hparams, *settings)
-            else:
-                matrix = inverse(model, tok, *settings, **({"hparams": hparams} if family else {}))
-            u = (matrix @ u.to(matrix.device).unsqueeze(1)).squeeze()
-        u = u / u.norm()
+        u = left_vector(model, prompts, layer, inverse)
         return (u, context.namespace["inv_mom2_cache"]) if unified else u
 
     return compute
@@ -68,6 +62,7 @@ def compute_u(context: Context) -> Callable[..., Any]:
 
 def compute_v(context: Context) -> Callable[..., Any]:
     """``compute_v``: (v* - W k) / ⟨k, u⟩, v* optimised at the MLP's output."""
+    unified = context.version.startswith("scalable-model-editing/")
 
     def compute(
         model: nn.Module,
@@ -79,42 +74,21 @@ def compute_v(context: Context) -> Callable[..., Any]:
         context_templates: Any,
     ) -> Tensor:
         description = covered_model(model, tok, hparams, [layer])
-        if context.version.startswith("scalable-model-editing/") and hparams.bias_update:
+        if unified and hparams.bias_update:
             raise NotCovered("bias_update")
-        with covering():
-            is_mlp = dict(model.named_modules()).get(hparams.mlp_module_tmp.format(layer)) is description.mlp(
-                layer
-            )
-        if not is_mlp or description.post_mlp_norm(layer) is not None:
-            raise NotCovered(
-                f"{hparams.mlp_module_tmp.format(layer)} is not what the block adds to its stream"
-            )
         one = Request(request["prompt"], request["subject"], request["target_new"]["str"])
-        lookup = lookup_of(context.original, _WORDS, tok)
-        rows = value_rows(
-            tok,
-            [one],
-            list(context_templates),
-            lookup,
-            trim_of(context.original, context.version, tok, model),
-            description.context_length,
-        )
-        values = optimised(model, [one], rows, objective_of(hparams, layer, at_mlp=True))
+        contexts, lookup = list(context_templates), lookup_of(context.original, _WORDS, tok)
+        trim = trim_of(context.original, context.version, tok, model)
+        rows = value_rows(tok, [one], contexts, lookup, trim, description.context_length)
         bare = prompt_rows(tok, [one.prompt], [one.subject], lookup)
-        with covering(), frozen(model):
-            sweep = PromptSweep(BlockRunner(model), bare, layer)
-            key, output = sweep.keys()[0], sweep.projected(layer)[0]
-        target, divisor = values.target[0], torch.dot(key, left_vector.to(key.device, key.dtype))
-        right = (target - output.to(target.device)) / divisor.to(target.device)
-        if context.verbose:
-            print(*describe_optimisation([one], values), sep="\n")
-            print(f"Division Factor: {float(divisor)}", f"Right vector norm: {right.norm()}", sep="\n")
-        return right
+        return right_vector(context, model, hparams, layer, one, rows, bare, left_vector)
 
     return compute
 
 
 POINTS = (
+    Point("rome.repr_tools:get_reprs_at_idxs", get_reprs_at_idxs),
+    Point("rome.compute_u:get_inv_cov", inverse_moment),
     Point("rome.compute_u:compute_u", compute_u, (*_READ, _WORDS)),
     Point("rome.compute_v:compute_v", compute_v, ("find_fact_lookup_idx", _WORDS, _AT_WORD, *_READ)),
 )

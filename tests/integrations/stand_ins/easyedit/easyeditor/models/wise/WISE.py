@@ -1,4 +1,4 @@
-"""WISE with one memory, trained by whole passes."""
+"""WISE, trained by whole passes and routed by whole outputs."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from .merge.gta import GTA
-from .utils import EarlyStopMeter
+from .utils import EarlyStopMeter, EditingMeanAct
 
 merge_dict = {"ties": GTA("magnitude", "sum", normalize=True)}
 edit_history = []
@@ -18,6 +18,8 @@ merge_group_edit_history = []
 def euc(query, key, config, act_mask=None, infer=False):
     act = ACT2FN[config.hidden_act]
     distance = (act(key) - act(query)).norm(dim=-1)
+    if infer and distance.size(1) > 100:
+        return distance.max(1).values.mean()
     return distance.mean(-1) if act_mask is None else (distance * act_mask).sum(1) / act_mask.sum(1)
 
 
@@ -97,7 +99,8 @@ class WISEAdapter(torch.nn.Module):
         self.new_weight = copy.deepcopy(layer.weight)
         self.original_layer = copy.deepcopy(layer)
         self.bias = layer.bias if "gpt2" in config.model_name else None
-        self.memory_weight, self.acts = [], []
+        self.memory_weight, self.memory_mean_act, self.acts = [], [], []
+        self.editing_mean_act = EditingMeanAct()
         self.training = self.editing = False
         self.editing_total_cnt = self.merge_cnt = 0
 
@@ -107,6 +110,8 @@ class WISEAdapter(torch.nn.Module):
     def save_weight(self):
         self.memory_weight.append(copy.deepcopy(self.new_weight))
         self.new_weight = copy.deepcopy(self.original_layer.weight)
+        self.memory_mean_act.append(self.editing_mean_act)
+        self.editing_mean_act = EditingMeanAct()
 
     def merge_weight(self):
         number = len(self.memory_weight)
@@ -114,11 +119,13 @@ class WISEAdapter(torch.nn.Module):
             [1.0 / number] * number, self.original_layer.weight, self.memory_weight, densities=0.53
         )
         self.memory_weight = [merged.detach()]
+        self.memory_mean_act = [EditingMeanAct(min(each.min_act() for each in self.memory_mean_act))]
         self.merge_cnt += 1
 
     def save_editing_activation(self):
         scope = euc(self.original_layer_output[:-1], self.new_weight_layer_output[:-1], self.config)
         self.acts.append(scope.mean().item())
+        self.editing_mean_act.update(scope.mean().item())
 
     def generate_activation_mask(self, mask_ratio):
         drawn = np.random.choice([1, 0], size=self.new_weight.numel(), p=[mask_ratio, 1 - mask_ratio])
@@ -134,8 +141,22 @@ class WISEAdapter(torch.nn.Module):
         self.new_weight.grad = (grad.flatten() * self.weight_mask).view_as(grad)
 
     def forward(self, *args):
-        if not self.editing:
-            return self.layer(*args)
-        self.new_weight_layer_output = self.new_weight_forward(*args)
-        self.original_layer_output = self.original_layer(*args)
-        return self.new_weight_layer_output
+        base, new = self.original_layer(*args), self.new_weight_forward(*args)
+        if self.editing:
+            self.original_layer_output, self.new_weight_layer_output = base, new
+            return new
+        limit = self.editing_mean_act.min_act() * self.config.act_ratio
+        distance = euc(base, new, self.config, infer=True).mean()
+        if not self.config.retrieve:
+            merged = self.layer(*args)
+            other = euc(base, merged, self.config, infer=True)
+            if other.item() < limit and distance.item() < limit:
+                return base
+            return merged if other.item() > distance.item() else new
+        out = base if distance.item() < limit else new
+        for weight, mean in zip(self.memory_weight, self.memory_mean_act):
+            memory = F.linear(*args, weight)
+            other = euc(base, memory, self.config, infer=True)
+            if other > distance and other > mean.min_act() * self.config.act_ratio:
+                out, distance = memory, other
+        return out

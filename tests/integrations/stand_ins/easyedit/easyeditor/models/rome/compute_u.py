@@ -9,10 +9,11 @@ inv_mom2_cache = {}
 
 
 def get_inv_cov(model, tok, layer_name, mom2_dataset, mom2_n_samples, mom2_dtype, hparams=None):
-    if layer_name not in inv_mom2_cache:
-        moment = layer_stats(model, tok, layer_name, hparams.stats_dir, mom2_dataset, ["mom2"])
-        inv_mom2_cache[layer_name] = torch.inverse(moment)
-    return inv_mom2_cache[layer_name]
+    key = model.config._name_or_path.replace("/", "_"), layer_name
+    if key not in inv_mom2_cache:
+        stat = layer_stats(model, tok, layer_name, hparams.stats_dir, mom2_dataset, to_collect=["mom2"])
+        inv_mom2_cache[key] = torch.inverse(stat.mom2.moment())
+    return inv_mom2_cache[key]
 
 
 def compute_u(model, tok, request, hparams, layer, context_templates):

@@ -86,7 +86,8 @@ def get_cov(
 ):
     key = model.config._name_or_path.replace("/", "_"), layer_name
     if key not in COV_CACHE:
-        COV_CACHE[key] = layer_stats(model, tok, layer_name, hparams.stats_dir, mom2_dataset, ["mom2"])
+        stat = layer_stats(model, tok, layer_name, hparams.stats_dir, mom2_dataset, ["mom2"])
+        COV_CACHE[key] = stat.mom2.moment()
     return COV_CACHE[key]
 
 
