@@ -139,7 +139,7 @@ def test_wise_protocols_apply_to_wise_records(tiny_llama, records):
 
 @pytest.mark.parametrize("name", ["hallucination/hallucination-edit.json.gz", "temporal/temporal-edit.json"])
 def test_published_wise_records_are_scored(name):
-    path = data_folder() / "wise" / name
+    path = data_folder("data", "wise", *name.split("/"))
     model, tokenizer = demo.load_demo_model()
     loaded = load_records(path)
     assert loaded[0].source == ("flat" if "hallucination" in name else "wise.temporal")
@@ -149,7 +149,7 @@ def test_published_wise_records_are_scored(name):
     report = evaluator.report()
     ppl = report.get("wise.ppl", "before")
     assert ppl.n_records == 4
-    assert 1 < ppl.metrics["ppl.median"].mean
+    assert ppl.metrics["ppl.median"].mean > 1
     assert ppl.metrics["ppl.clipped"].mean <= 100
     assert report.get("easyedit.tf", "before").metrics["locality.agreement"].mean == 1.0
     ood = report.get("wise.ood", "before")
