@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,9 @@ def _other_means(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Esti
     """The median of the records' perplexities and exp of their mean NLL: the mean follows the few largest."""
     nll = np.array([row["metrics"]["nll"] for row in rows], dtype=np.float64)
     draws = nll[np.random.default_rng(seed).integers(len(nll), size=(1000, len(nll)))]
+    kinds: dict[str, Callable[..., Any]] = {"ppl.median": np.median, "ppl.geometric": np.mean}
     out = {}
-    for name, function in (("ppl.median", np.median), ("ppl.geometric", np.mean)):
+    for name, function in kinds.items():
         resampled = np.exp(function(draws, axis=1))
         low, high = (float(q) for q in np.quantile(resampled, [0.025, 0.975]))
         value = float(np.exp(function(nll)))
