@@ -40,7 +40,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -50,6 +50,7 @@ from fastedit.artefacts.plain import plain
 from fastedit.bench import sequential_report
 from fastedit.data import Record, load_records
 from fastedit.editors.base import Editor, editor_class
+from fastedit.editors.grace import Replacement
 from fastedit.editors.locate_then_edit import LocateThenEdit
 from fastedit.editors.nse import Nse
 from fastedit.editors.params import resolve_params
@@ -81,6 +82,7 @@ def share(text: str) -> float:
 SUFFIXES: dict[
     str, tuple[str, Callable[[str], Any]]
 ] = {  # METHOD@SUFFIX: the parameter that the suffix gives
+    "grace": ("replacement", {name: name for name in get_args(Replacement)}.__getitem__),
     "nse": ("mass", share),
     "wise": ("retrieve", {"merge": False, "retrieve": True}.__getitem__),
 }
@@ -495,7 +497,7 @@ def variants_of(names: Sequence[str], norm_control: bool) -> list[Variant]:
                 SUFFIXES[method][1](suffix)
         except (KeyError, ValueError):
             raise SystemExit(
-                f"--methods: {name!r} is none of the variants nse@MASS, wise@merge, wise@retrieve"
+                f"--methods: {name!r} is none of the variants grace@REPLACEMENT, nse@MASS, wise@merge, wise@retrieve"
             ) from None
         chosen.append(variant)
         if norm_control and variant.optimises_targets:
@@ -570,7 +572,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=METHODS,
         metavar="NAME",
-        help="methods of fastedit; nse@0.8 is NSE with mass 0.8, wise@merge and wise@retrieve are WISE's two modes",
+        help="methods of fastedit; nse@0.8 is NSE with mass 0.8, wise@merge and wise@retrieve are WISE's two modes, "
+        "grace@replace_all is GRACE with values at all positions",
     )
     add(
         "--norm-control",

@@ -6,21 +6,23 @@ sample, generated ones too. Only the block of the batch is trained, each from th
 nothing of each other, and any edit can be taken off as if it had never been made.
 
 The published settings search and change the MLP's input projections (``c_fc`` of GPT2-XL); here both are at its
-output projections. Of the packaged settings for GPT2-XL, layers, ranks and rates are the published ones; the radius
-is too, but it was chosen for queries of another place.
+output projections. Of the packaged settings for GPT2-XL, layers, ranks and rates are the published ones. The
+published radius was chosen for queries of another place, and how far queries lie apart differs between models and
+layers by orders of magnitude: in the clean profile it is measured (see :class:`MeloParams`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFile
+from ..errors import CorruptFile, NumericalError
 from ..facts import Fact
 from ..memory.base import Decision, Memory, Routes
 from ..memory.clusters import ClusterIndex
@@ -28,6 +30,8 @@ from ..memory.edit import MemoryEdit
 from ..memory.lora_blocks import LoraBlocks, low_rank_change
 from ..memory.routing import last_token
 from ..models.describe import ModelDescription, Projection, describe
+from ..models.runner import frozen
+from ..models.tokens import encode_prompt
 from ..progress import progress
 from .base import register_editor
 from .memory_editor import (
@@ -41,6 +45,9 @@ from .memory_editor import (
 )
 
 _HALVED = 0.5  # what the rate is multiplied by every ``halve_every`` steps
+_PUBLISHED_RADIUS = 0.5
+_RADIUS_SHARE = 0.25  # of the distance between unrelated texts
+_N_UNRELATED, _UNRELATED_WORDS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ class MeloParams:
         rank: of a block of edits.
         n_blocks: what a change is scaled by, and A begins uniform in ±1/√(rank · n_blocks). The published code
             reserves so many blocks; here there may be more.
-        radius: of a new cluster.
+        radius: of a new cluster. None: 0.5 as published in the official profile; else that of the memory on the
+            model, or a quarter of how far the queries of unrelated texts lie apart: the median over pairs of 64
+            sentences of the packaged neutral text, each cut after its eighth word, to three digits.
         lr: of Adam.
         steps: of Adam for each batch.
         halve_every: steps after which the rate is halved.
@@ -63,14 +72,15 @@ class MeloParams:
     targets: tuple[int, ...]
     rank: int = 2
     n_blocks: int = 350
-    radius: float = 0.5
+    radius: float | None = None
     lr: float = 1e-3
     steps: int = 50
     halve_every: int = 30
 
     def __post_init__(self) -> None:
         counts = ("rank", "n_blocks", "radius", "steps", "halve_every")
-        wrong = [f"{name} {getattr(self, name)}" for name in counts if getattr(self, name) <= 0]
+        given = {name: getattr(self, name) for name in counts}
+        wrong = [f"{name} {value}" for name, value in given.items() if value is not None and value <= 0]
         if wrong:
             raise ValueError(f"expected positive numbers, got {', '.join(wrong)}")
         if not self.targets or sorted(set(self.targets)) != list(self.targets):
@@ -216,6 +226,8 @@ class Melo(MemoryEditor):
             raise ValueError(
                 f"targets {self.params.targets}: the model has blocks 0 to {self.description.n_layers - 1}"
             )
+        if self.params.radius is None:
+            self.params = replace(self.params, radius=self._radius())
 
     def learn(self, facts: list[Fact], rows: list[TargetRow], memory: Memory) -> Learned:
         """Train a block on the batch, and see where its prompts come to stand."""
@@ -242,6 +254,25 @@ class Melo(MemoryEditor):
             )
         ]
         return Learned(tensors, {"labels": labels}, {"facts": measured})
+
+    def _radius(self) -> float:
+        """The radius if none was given; see :class:`MeloParams`."""
+        if self.profile == "official":
+            return _PUBLISHED_RADIUS
+        if self.side is not None:
+            return float(self.side.memory.params["radius"])
+        from ..stats.cache import neutral_sentences
+
+        texts = [" ".join(text.split()[:_UNRELATED_WORDS]) for text in neutral_sentences()[:_N_UNRELATED]]
+        prompts = [encode_prompt(self.tokenizer, text) for text in texts]
+        with frozen(self.model):
+            queries = self._queries([TargetRow(ids, len(ids), ids[-1:]) for ids in prompts])
+        apart = float(torch.pdist(queries.float()).median())
+        if not 0 < apart < math.inf:
+            raise NumericalError(
+                f"queries of unrelated texts lie {apart} apart: expected a positive number, give radius"
+            )
+        return float(f"{_RADIUS_SHARE * apart:.3g}")
 
     def _queries(self, rows: Sequence[TargetRow]) -> Tensor:
         """(n, d), the search layer's output at each prompt's last token."""

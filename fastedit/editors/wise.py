@@ -308,6 +308,8 @@ class Wise(MemoryEditor):
 
     def _other_text(self, position: int) -> str:
         if self._irrelevant is None:
+            from ..stats.cache import neutral_sentences
+
             self._irrelevant = neutral_sentences()
         return self._irrelevant[position % len(self._irrelevant)]
 
@@ -404,11 +406,3 @@ def sample_prefixes(runner: BlockRunner, tokenizer: Any, *, seed: int) -> list[s
             (ids,) = sample_continuations(runner, tokenizer, [start], length, generator)
             contexts.append(plain_text(tokenizer.decode(ids, skip_special_tokens=True)) + " {}")
     return contexts
-
-
-def neutral_sentences() -> list[str]:
-    """Sentences of the packaged neutral text, to train on what a fact is not about."""
-    from ..stats.cache import neutral_texts
-
-    sentences = [s.strip() for text in neutral_texts() for s in text.replace("\n", " ").split(". ")]
-    return [s.rstrip(".") + "." for s in sentences if 4 <= len(s.split()) <= 30]

@@ -32,13 +32,15 @@ from .protocols import (
     Protocol,
     Row,
     Wild,
+    WiseOod,
+    WisePpl,
     ZsreMemit,
 )
 from .results import MOMENTS, Report, Result, RowWriter, is_finite, summarise
 from .scoring import Pair, PairScore, Scorer, Unscorable
 
 DRIFT = ("drift.ppl", "drift.kl", "drift.top1", "drift.weight", "drift.canary")
-TEACHER_FORCED = ("easyedit.tf", "cf.prob", "cf.acc", "zsre.memit")
+TEACHER_FORCED = ("easyedit.tf", "cf.prob", "cf.acc", "zsre.memit", "wise.ppl", "wise.ood")
 PROTOCOLS = ("wild", *TEACHER_FORCED, "cf.gen", *DRIFT)
 """The ids of all protocols, headline first."""
 
@@ -136,6 +138,8 @@ class Evaluator:
                 CfProb(),
                 CfAcc(),
                 ZsreMemit(),
+                WisePpl(),
+                WiseOod(),
                 CfGen(snippets),
             )
         }

@@ -336,6 +336,73 @@ class ZsreMemit(Protocol):
         return Row({f"{group}.tacc": _mean(value) for group, value in values.items()})
 
 
+class WisePpl(Protocol):
+    """``wise.ppl``: perplexity of the new answer, a text, given the prompt (WISE's hallucination set).
+
+    ``ppl`` is exp of the answer's length-normalised NLL, ``ppl.clipped`` at most 100, since a few records are above
+    a thousand, ``nll`` its logarithm. Results also have the median and exp of the mean NLL
+    (:func:`fastedit.evaluation.results.summarise`).
+    """
+
+    id = "wise.ppl"
+
+    def check(self, record: Record) -> None:
+        """The record must be of the flat format that WISE's sets have."""
+        if record.source not in ("flat", "wise.temporal"):
+            raise NotApplicableError(
+                f"the record is of format {record.source}, not flat or wise.temporal as WISE's sets"
+            )
+
+    def pairs(self, record: Record) -> list[Pair]:
+        """The prompt and the new answer."""
+        return [Pair(record.fact.text, record.fact.target_new)]
+
+    def row(self, record: Record, answers: Answers, before: Mapping[str, Any] | None) -> Row:
+        """See the class."""
+        score = answers.pair_of(self.pairs(record)[0], "rewrite")
+        if score is None:
+            raise NotApplicableError("; ".join(answers.left_out))
+        ppl = metrics.perplexity([-p for p in score.log_probs])
+        return Row({"nll": score.nll, "ppl": ppl, "ppl.clipped": min(ppl, 100.0)})
+
+
+class WiseOod(Protocol):
+    """``wise.ood``: how surely the model says the new answer, and another text about the same thing (WISE, eq. 10).
+
+    ``rewrite`` is the new answer after the prompt, ``ood`` the text ``ood_rephrase`` by itself, all of it after its
+    first word. ``share`` is the share of tokens with a probability above 0.8; ``sure`` is 1 if the geometric mean of
+    the tokens' probabilities is above 0.8. The published code has one key for both, where the second remains.
+    """
+
+    id = "wise.ood"
+
+    def check(self, record: Record) -> None:
+        """The record needs ``ood_rephrase``, a text of two words or more."""
+        if len(str(record.raw.get("ood_rephrase") or "").split()) < 2:
+            raise NotApplicableError("the record has no ood_rephrase")
+
+    @staticmethod
+    def _asked(record: Record) -> dict[str, Pair]:
+        first, _, rest = str(record.raw["ood_rephrase"]).strip().partition(" ")
+        return {"rewrite": Pair(record.fact.text, record.fact.target_new), "ood": Pair(first, rest)}
+
+    def pairs(self, record: Record) -> list[Pair]:
+        """The new answer after the prompt, and the text."""
+        return list(self._asked(record).values())
+
+    def row(self, record: Record, answers: Answers, before: Mapping[str, Any] | None) -> Row:
+        """See the class."""
+        row = Row({})
+        for name, pair in self._asked(record).items():
+            score = answers.pair_of(pair, name)
+            if score is not None:
+                row.metrics[f"{name}.share"] = metrics.share_probable([-p for p in score.log_probs])
+                row.metrics[f"{name}.sure"] = metrics.share_probable([score.nll])
+        if not row.metrics:
+            raise NotApplicableError("; ".join(answers.left_out))
+        return row
+
+
 class Wild(Protocol):
     """``wild``: free greedy answers with natural stops.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ GUARD = {"warn_ppl": 1.1, "fail_ppl": 1.5, "warn_kl": 0.05, "fail_kl": 0.5, "fai
 """Thresholds of the health guard: perplexity as a multiple of before, KL in nats, points of canary
 exact match lost. Engineering defaults."""
 
-_RAW = ("drift.ppl", "drift.kl", "drift.weight")
+_RAW = ("drift.ppl", "drift.kl", "drift.weight", "wise.ppl")
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,25 @@ def summarise(
         metrics = {name: estimate(value, seed=seed) for name, value in values.items()}
     if protocol == "cf.prob":
         metrics |= _score(rows, metrics, seed)
+    if protocol == "wise.ppl" and rows:
+        metrics |= _other_means(rows, seed)
     n_edits = max((row["n_edits"] for row in (*rows, *skipped)), default=0)
     left_out = [{"record": row["record"], "reason": row["reason"]} for row in skipped]
     return Result(protocol, when, n_edits, len(rows), metrics, left_out, meta)
+
+
+def _other_means(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Estimate]:
+    """The median of the records' perplexities and exp of their mean NLL: the mean follows the few largest."""
+    nll = np.array([row["metrics"]["nll"] for row in rows], dtype=np.float64)
+    draws = nll[np.random.default_rng(seed).integers(len(nll), size=(1000, len(nll)))]
+    kinds: dict[str, Callable[..., Any]] = {"ppl.median": np.median, "ppl.geometric": np.mean}
+    out = {}
+    for name, function in kinds.items():
+        resampled = np.exp(function(draws, axis=1))
+        low, high = (float(q) for q in np.quantile(resampled, [0.025, 0.975]))
+        value = float(np.exp(function(nll)))
+        out[name] = Estimate(value, float(resampled.std()), low, high, len(nll), "bootstrap")
+    return out
 
 
 def _windows(protocol: str, rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Estimate]:

@@ -17,6 +17,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -362,15 +363,25 @@ def extension() -> ModuleType | str:
     """The compiled module ``fastedit._C``, or the reason why there is none."""
     try:
         module = importlib.import_module("fastedit._C")
-        if hasattr(module, "info"):
-            return module
-        return "fastedit._C belongs to another version: install fastedit again"
+        if not hasattr(module, "info"):
+            return "fastedit._C belongs to another version: install fastedit again"
+        if not _is_beside(module):
+            return f"fastedit._C is of another installation, {module.__file__}: install fastedit again"
+        return module
     except ModuleNotFoundError as error:
         if error.name == "fastedit._C":
             return "fastedit._C was not built (no C++ compiler at install time)"
         return f"fastedit._C does not load: {error}"
     except ImportError as error:
         return f"fastedit._C does not load: {error}"
+
+
+def _is_beside(module: ModuleType) -> bool:
+    """Whether the compiled module lies in this package's folder: an editable install lends it to other copies."""
+    package = sys.modules["fastedit"].__file__
+    if package is None or module.__file__ is None:
+        return True
+    return os.path.samefile(os.path.dirname(package), os.path.dirname(module.__file__))
 
 
 def compiled() -> ModuleType:

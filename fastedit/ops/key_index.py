@@ -341,7 +341,7 @@ class KeyIndex:
         return {"auto": _FIT_AT, "projected": 1}.get(self.scan, math.inf)
 
     def _may_code(self) -> bool:
-        return self.device.type == "cpu" and not isinstance(backend.extension(), str)
+        return self.device.type == "cpu" and hasattr(backend.extension(), "encode_keys")
 
     def _coded(self) -> bool:
         """Whether searches read codes. Plain int8 keys are as short as theirs."""

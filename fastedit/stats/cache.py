@@ -158,6 +158,12 @@ def neutral_texts() -> list[str]:
     return [part for part in text.split("\n") if part.strip()] if isinstance(text, str) else list(text)
 
 
+def neutral_sentences() -> list[str]:
+    """Its sentences of 4 to 30 words: texts that no fact is about."""
+    sentences = [s.strip() for text in neutral_texts() for s in text.replace("\n", " ").split(". ")]
+    return [s.rstrip(".") + "." for s in sentences if 4 <= len(s.split()) <= 30]
+
+
 def _model_folder(model: Any, cache_dir: str | os.PathLike[str] | None) -> Path:
     return cache_directory(cache_dir) / "stats" / fingerprint(model)
 

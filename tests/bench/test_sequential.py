@@ -149,7 +149,7 @@ def test_a_method_that_breaks_is_scored_as_it_was_left(
 
 def test_wrong_variants_are_named() -> None:
     for name in ("memit@0.8", "nse@1.5", "nse@many", "wise@both"):
-        with pytest.raises(SystemExit, match=f"{name}' is none of the variants nse@MASS"):
+        with pytest.raises(SystemExit, match=f"{name}' is none of the variants grace@REPLACEMENT"):
             sequential.variants_of([name], False)
     with pytest.raises(ValueError, match="there is no method 'memo'"):
         sequential.variants_of(["memo"], True)

@@ -13,11 +13,12 @@ from model_configs import tiny_model, tiny_tokenizer
 from tiny import FACTS, ask, bits, logits, losses, same_bits
 
 import fastedit
-from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact, NumericalError
+from fastedit import BaseMismatch, CorruptFile, Fact, FasteditError, InvalidFact, NumericalError, demo
 from fastedit.editors.melo import Melo
 from fastedit.editors.memory_editor import target_rows
 from fastedit.memory import clear_memories, find_side, prompts, route_info, sides_of
 from fastedit.models import describe
+from fastedit.stats.cache import neutral_sentences
 
 QUICK = {
     "layers": (1,),
@@ -195,6 +196,58 @@ def test_a_second_memory_stands_beside_it() -> None:
     ]
     clear_memories(model)
     assert torch.equal(logits(model, OTHERS), logits(deep("llama"), OTHERS))
+
+
+# ---- the radius -------------------------------------------------------------------------------------------
+
+
+def last_outputs(model: Any, tokenizer: Any, layer: int, texts: list[str]) -> torch.Tensor:
+    """(n, d), what the block's output projection returns at each text's last token."""
+    seen: list[torch.Tensor] = []
+    module = describe(model).projection(layer).module
+    handle = module.register_forward_hook(lambda _module, _args, out: seen.append(out[0, -1].float()))
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+    handle.remove()
+    return torch.stack(seen)
+
+
+def test_the_radius_is_measured_unless_it_is_given() -> None:
+    for factor in (1.0, 100.0):
+        model = deep("llama")
+        with torch.no_grad():
+            describe(model).projection(1).weight.mul_(factor)
+        texts = [" ".join(text.split()[:8]) for text in neutral_sentences()[:64]]
+        apart = torch.pdist(last_outputs(model, tiny_tokenizer(), 1, texts)).median()
+        before = bits(model)
+        editor = melo(model, radius=None)
+        assert editor.params.radius == pytest.approx(float(apart) / 4, rel=0.006)
+        assert same_bits(model, before)
+    assert melo(model, radius=None, profile="official").params.radius == 0.5
+    assert melo(model, radius=2.0).params.radius == 2.0
+    edit = melo(model, radius=3.0, steps=2).edit(FACTS)
+    assert melo(model, radius=None).params.radius == 3.0  # of the memory that is there
+    edit.revert()
+    with torch.no_grad():
+        describe(model).projection(1).weight.zero_()
+    with pytest.raises(NumericalError, match="expected a positive number, give radius"):
+        melo(model, radius=None)
+
+
+def test_the_radius_suits_the_demo_model() -> None:
+    model, tokenizer = demo.load_demo_model()
+    editor = fastedit.editor("melo", model, tokenizer, progress=False)
+    facts = demo.load_demo_facts(neighbours=1)[::10]
+    asked = [fact["prompt"].format(fact["subject"]) for fact in facts]
+    again = [fact["paraphrases"][0].format(fact["subject"]) for fact in facts]
+    near = [other["prompt"].format(other["subject"]) for fact in facts for other in fact["neighbours"]]
+    near = [text for text in near if text not in asked]
+    edited, rephrased, others = (
+        last_outputs(model, tokenizer, editor.layer, x) for x in (asked, again, near)
+    )
+    assert ((edited - rephrased).norm(dim=1) < editor.params.radius).float().mean() > 0.7
+    assert (torch.cdist(others, edited).amin(1) < editor.params.radius).float().mean() < 0.15
 
 
 # ---- edits as things ------------------------------------------------------------------------------------

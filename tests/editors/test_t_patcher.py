@@ -252,7 +252,8 @@ def test_bfloat16_models_are_patched() -> None:
     edit = patcher(model, memory_weight=0.02, steps=150, check_every=25).edit(FACTS[:1])
     assert edit.measured["facts"][0]["right"]
     with prompts(model, [1]):
-        assert model(**ask(OTHERS)).logits.dtype == torch.bfloat16
+        out = model(**ask(OTHERS), output_hidden_states=True)
+        assert out.hidden_states[-1].dtype == torch.bfloat16
 
 
 # ---- edits as things ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import fastedit
 from fastedit import Fact, InvalidFact, NumericalError
 from fastedit.bench.baselines.wise import PublishedWise
 from fastedit.editors import wise as wise_module
-from fastedit.editors.wise import Wise, neutral_sentences, sample_prefixes
+from fastedit.editors.wise import Wise, sample_prefixes
 from fastedit.editors.wise_training import (
     FrozenRows,
     RowOptions,
@@ -28,6 +28,7 @@ from fastedit.editors.wise_training import (
 )
 from fastedit.models.runner import frozen
 from fastedit.ops import BitMask, PhiloxMask
+from fastedit.stats.cache import neutral_sentences
 
 LAYER = 1
 OTHERS = [

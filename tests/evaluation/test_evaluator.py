@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import data_folder
 
-from fastedit import Fact
+from fastedit import Fact, demo
 from fastedit.data import Item, Record, Snippets, load_records, records_from
 from fastedit.evaluation import Evaluator, average, evaluate, metrics, read_rows
 from fastedit.evaluation.results import Report, Result, summarise
@@ -71,6 +72,89 @@ def test_counterfact_numbers_by_hand(tiny_llama, records):
         "paraphrase.exact",
         "neighborhood.exact",
     }
+
+
+WISE = [
+    {
+        "prompt": "Ada Brook,",
+        "target_new": f"{name} of York, was born in Leeds.",
+        "subject": "Ada Brook,",
+        "ood_rephrase": f" {name} was born. She lived in York.",
+        "locality_prompt": "The river of Ulm is",
+        "locality_ground_truth": "the Danube",
+    }
+    for name in ("the miller", "the painter", "the mason")
+]
+
+
+def test_wise_numbers_by_hand(tiny):
+    model, tokenizer = tiny
+    records = records_from(WISE)
+    evaluator = Evaluator(model, tokenizer, records, ["wise.ppl", "wise.ood"], batch_size=2)
+    evaluator.before()
+    score = Scorer(model, tokenizer).score
+    nll = []
+    for record, row, sure in zip(
+        records, evaluator.rows("wise.ppl", "before"), evaluator.rows("wise.ood", "before"), strict=True
+    ):
+        answer, text = score(
+            [
+                Pair("Ada Brook,", record.fact.target_new),
+                Pair("the", record.raw["ood_rephrase"].strip().removeprefix("the ")),
+            ]
+        )
+        nll.append(answer.nll)
+        expected = {
+            "nll": answer.nll,
+            "ppl": math.exp(answer.nll),
+            "ppl.clipped": min(math.exp(answer.nll), 100.0),
+        }
+        assert row["metrics"] == pytest.approx(expected, rel=1e-5)
+        for name, pair in (("rewrite", answer), ("ood", text)):
+            probabilities = [math.exp(value) for value in pair.log_probs]
+            assert sure["metrics"][f"{name}.share"] == sum(p > 0.8 for p in probabilities) / len(
+                probabilities
+            )
+            assert sure["metrics"][f"{name}.sure"] == float(math.exp(-pair.nll) > 0.8)
+    found = evaluator.report().get("wise.ppl", "before").metrics
+    assert found["ppl.median"].mean == pytest.approx(math.exp(sorted(nll)[1]), rel=1e-5)
+    assert found["ppl.geometric"].mean == pytest.approx(math.exp(sum(nll) / 3), rel=1e-5)
+    assert found["ppl.geometric"].low <= found["ppl.geometric"].mean <= found["ppl.geometric"].high
+
+
+def test_wise_protocols_apply_to_wise_records(tiny_llama, records):
+    model, tokenizer = tiny_llama
+    assert not {"wise.ppl", "wise.ood"} & set(Evaluator(model, tokenizer, records).protocols)
+    assert {"wise.ppl", "wise.ood"} <= set(Evaluator(model, tokenizer, records_from(WISE)).protocols)
+    hallucination = records_from([{k: v for k, v in WISE[0].items() if k != "ood_rephrase"}])
+    protocols = Evaluator(model, tokenizer, hallucination).protocols
+    assert "wise.ppl" in protocols
+    assert "wise.ood" not in protocols
+    evaluator = Evaluator(model, tokenizer, [*records, *hallucination], ["wise.ppl"])
+    evaluator.before()
+    result = evaluator.report().get("wise.ppl", "before")
+    assert result.n_records == 1
+    assert "is of format counterfact" in result.skipped[0]["reason"]
+
+
+@pytest.mark.parametrize("name", ["hallucination/hallucination-edit.json.gz", "temporal/temporal-edit.json"])
+def test_published_wise_records_are_scored(name):
+    path = data_folder("data", "wise", *name.split("/"))
+    model, tokenizer = demo.load_demo_model()
+    loaded = load_records(path)
+    assert loaded[0].source == ("flat" if "hallucination" in name else "wise.temporal")
+    short = sorted(loaded, key=lambda record: len(" ".join(map(str, record.raw.values()))))[:4]
+    evaluator = Evaluator(model, tokenizer, short, ["wise.ppl", "wise.ood", "easyedit.tf"])
+    evaluator.before()
+    report = evaluator.report()
+    ppl = report.get("wise.ppl", "before")
+    assert ppl.n_records == 4
+    assert ppl.metrics["ppl.median"].mean > 1
+    assert ppl.metrics["ppl.clipped"].mean <= 100
+    assert report.get("easyedit.tf", "before").metrics["locality.agreement"].mean == 1.0
+    ood = report.get("wise.ood", "before")
+    assert ood.n_records == (0 if "hallucination" in name else 4)
+    assert all(0 <= value.mean <= 1 for value in ood.metrics.values())
 
 
 def test_default_run_has_every_part(tiny_llama, records, tmp_path):

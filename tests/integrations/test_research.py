@@ -526,7 +526,11 @@ def script(tmp_path):
         )
         assert done.returncode == 7, done.stderr
         assert done.stdout.endswith("done\n")
-        return torch.load(out), json.loads(report.read_text()) if known is not None else None, done
+        return (
+            torch.load(out, weights_only=True),
+            json.loads(report.read_text()) if known is not None else None,
+            done,
+        )
 
     import shutil
 

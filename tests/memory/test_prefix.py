@@ -404,6 +404,9 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
 def test_autocast_has_keys_and_values_of_its_own() -> None:
     model, side = with_prefix("llama")
     inputs = asked()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if tiny_model("llama")(**inputs).logits.isnan().any():
+            pytest.skip("padded batches give NaN under autocast in this transformers, without any memory too")
     whole = call(model, inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
         half = call(model, inputs).logits

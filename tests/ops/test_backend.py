@@ -6,6 +6,8 @@ import logging
 import subprocess
 import sys
 import threading
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +124,18 @@ def test_automatic_choice_without_the_extension_is_torch_and_warns_once(forget_r
         "low_rank_update_: torch serves on cpu, about 3 times slower than cpp, which cannot: fastedit._C"
     )
     assert (weight == 3).all()
+
+
+def test_a_compiled_module_of_another_installation_is_not_used(forget_reasons, monkeypatch, tmp_path):
+    other = types.ModuleType("fastedit._C")
+    other.info, other.__file__ = dict, str(tmp_path / "_C.so")
+    monkeypatch.setitem(sys.modules, "fastedit._C", other)
+    assert backend.extension() == (
+        f"fastedit._C is of another installation, {tmp_path / '_C.so'}: install fastedit again"
+    )
+    other.__file__ = str(Path(fastedit.__file__).parent / "_C.so")
+    backend.extension.cache_clear()
+    assert backend.extension() is other
 
 
 def test_a_cheap_fallback_does_not_warn(forget_reasons, monkeypatch, caplog):

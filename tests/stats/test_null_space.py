@@ -49,7 +49,7 @@ def test_an_eigenvalue_at_the_threshold_is_reported() -> None:
 def test_file_has_one_slice_a_layer(tmp_path) -> None:
     moments = {1: moment(16, 4, 1), 2: moment(16, 9, 2)}
     found = write_null_spaces(tmp_path / "P.pt", [1, 2], moments.__getitem__, THRESHOLD)
-    stack = torch.load(tmp_path / "P.pt")
+    stack = torch.load(tmp_path / "P.pt", weights_only=True)
     assert stack.shape == (2, 16, 16)
     assert stack.dtype == torch.float32
     torch.testing.assert_close(stack[1].double(), official(moments[2]), atol=1e-5, rtol=0)
@@ -84,6 +84,6 @@ def test_command(tmp_path, capsys) -> None:
     assert main([*command, *out, "--json"]) == 0
     (layer,) = json.loads(capsys.readouterr().out)["layers"]
     assert (layer["layer"], layer["kept"], layer["width"]) == (1, 7, projection.d_in)
-    assert torch.load(tmp_path / "P.pt").shape == (1, projection.d_in, projection.d_in)
+    assert torch.load(tmp_path / "P.pt", weights_only=True).shape == (1, projection.d_in, projection.d_in)
     assert main([*command, *out]) == 0
     assert "removed" in capsys.readouterr().out

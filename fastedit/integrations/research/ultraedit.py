@@ -42,7 +42,9 @@ def predict_param_shifts(context: Context) -> Callable[..., Any]:
             normaliser = self.lifelong_normalizer[str((d_in, d_out))]
 
             def load(kind: str, count: int, number: int = number) -> Tensor:
-                return torch.cat([torch.load(f"{folder}/{number}_{i}_{kind}.pth") for i in range(count)])
+                return torch.cat(
+                    [torch.load(f"{folder}/{number}_{i}_{kind}.pth", weights_only=True) for i in range(count)]
+                )
 
             keys, gradients = load("keys", n_keys), load("values_grad", n_gradients)
             with covering(), torch.no_grad():

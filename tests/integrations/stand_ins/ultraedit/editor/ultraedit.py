@@ -20,11 +20,14 @@ class ULTRAEDIT:
         for number, name in enumerate(config.model.edit_modules):
             d_in, d_out = get_shape(get_module(self.model, name))
             keys = torch.cat(
-                [torch.load(f"{folder}/{number}_{i}_keys.pth") for i in range(math.ceil(edits / size))]
+                [
+                    torch.load(f"{folder}/{number}_{i}_keys.pth", weights_only=True)
+                    for i in range(math.ceil(edits / size))
+                ]
             )
             grads = torch.cat(
                 [
-                    torch.load(f"{folder}/{number}_{i}_values_grad.pth")
+                    torch.load(f"{folder}/{number}_{i}_values_grad.pth", weights_only=True)
                     for i in range(math.ceil(edits // size))
                 ]
             )
