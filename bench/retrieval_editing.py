@@ -43,7 +43,7 @@ from fastedit import Fact
 from fastedit.bench import common, retrieval_quality
 from fastedit.bench.baselines.recipe import PublishedBatch, PublishedRecipe, Row
 from fastedit.bench.editing import load
-from fastedit.bench.serving import Inputs, encoded, prefill, twin
+from fastedit.bench.serving import Generation, Inputs, encoded, prefill, twin
 from fastedit.data import records_from
 from fastedit.editors.recipe import Recipe
 from fastedit.editors.recipe_training import (
@@ -160,6 +160,7 @@ def _training(
     settings = given.resolved("official")
     rng = random.Random(0)
     batches = [rng.sample(list(examples), size) for _ in range(options.rounds + 1)]
+    as_loaded = copy.deepcopy(model).eval()
     with frozen(model):
         learner = _Learner(
             model, tokenizer, settings, TextEncoder.load(options.encoder), options.encoder, "official", 0
@@ -168,7 +169,9 @@ def _training(
         learner.prepare([example for batch in batches for example in batch], False)
         reader = copy.deepcopy(learner.reader)
         networks = copy.deepcopy(learner.networks)
-        theirs = PublishedRecipe(model, reader, networks, settings.encoder_lr, settings.hinge, train_encoder)
+        theirs = PublishedRecipe(
+            as_loaded, reader, networks, settings.encoder_lr, settings.hinge, train_encoder
+        )
         drawn = [learner._draw(batch, random.Random(i)) for i, batch in enumerate(batches)]
         published = [
             published_batch(learner, each, batch) for each, batch in zip(drawn, batches, strict=True)
@@ -331,37 +334,16 @@ def _serving(
     return [*rows, {"case": "later tokens", **head, **numbers}]
 
 
-class Generation:
-    """A greedy generation with a KV cache, a call a token, as ``generate()`` calls a model."""
-
-    def __init__(self, model: Any, inputs: Inputs) -> None:
-        self.model, self.mask = model, inputs["attention_mask"]
-        self.out = prefill(model, inputs)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One more token of every sample."""
-        token = self.out.logits[:, -1:].argmax(2)
-        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), 1)
-        self.out = self.model(
-            input_ids=token,
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.out.past_key_values,
-            use_cache=True,
-        )
-
-
 def by_turns(
     model: Any, unedited: Any, inputs: Inputs, options: argparse.Namespace
 ) -> list[tuple[Sample, Sample]]:
     """Of each later token the time of the edited and of the unedited model, one after the other."""
-    pair = Generation(model, inputs), Generation(unedited, inputs)
+    pair = [Generation(each, inputs, options.device) for each in (model, unedited)]
     steps = []
     for turn in range(options.new_tokens):
         found = {side: measured(pair[side].step) for side in ((0, 1) if turn % 2 else (1, 0))}
         steps.append((found[0], found[1]))
-    return steps[1:]
+    return steps[2:]  # the first is the prompt, the next warms up
 
 
 # ---- the command ----------------------------------------------------------------------------------------

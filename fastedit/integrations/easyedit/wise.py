@@ -179,7 +179,7 @@ def forward(context: Context) -> Callable[..., Tensor]:
             return self.original_layer(*args)
         if rule == "merge":
             return self.layer(*args) if chosen == 0 else self.new_weight_forward(*args)
-        return self.new_weight_forward(*args) if chosen == 0 else F.linear(*args, memories[chosen])
+        return self.new_weight_forward(*args) if chosen == 0 else F.linear(args[0], memories[chosen])
 
     return routed
 
