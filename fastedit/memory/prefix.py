@@ -439,7 +439,7 @@ class PrefixSide(SideModule):
             self._require_place(decoder, given)
             source = (memory.version, made_of(decoder))
             read = self.read.get(routes.used, source)
-            if not read and serving and self._can_join(decoder, given, routes):
+            if not read and serving and found.all_routed and self._can_join(decoder, given):
                 leading, absolute = leading_specials(memory.tokenizer), position_table(decoder) is not None
                 prefixes = self._prefixes(routes.used)
                 standings = [Standing.of(prefix, leading, absolute) for prefix in prefixes]
@@ -461,13 +461,12 @@ class PrefixSide(SideModule):
         self.router.note(self.key, routes, call)
         return routes, first
 
-    def _can_join(self, decoder: Any, given: Mapping[str, Any], routes: PrefixRoutes) -> bool:
-        """Whether each row has an entry of its own, and nothing else counts the columns of this call."""
+    def _can_join(self, decoder: Any, given: Mapping[str, Any]) -> bool:
+        """Whether nothing else counts the columns of this call."""
         cache, config = given.get("past_key_values"), decoder.config
         asked = ("output_hidden_states", "output_attentions")
         return (
-            len(routes.used) == len(routes.index)
-            and len(self.router.sides) == 1
+            len(self.router.sides) == 1
             and not (self._windowed or takes_tuples(decoder) or decoder.training)
             and (cache is None or hasattr(cache, "update"))
             and given.get("token_type_ids") is None

@@ -16,7 +16,6 @@ from .statistics import expecting
 _PROBES = 4
 _AGREE = 1e-4
 _AMBIGUOUS = 1e-6
-_WINDOW = 512  # eigenvectors around the threshold
 _made: dict[str, Projector] = {}  # by module name, the latest; recognised by what they do
 
 
@@ -44,7 +43,7 @@ def null_space(context: Context, name: str, moment: Tensor, threshold: float) ->
     if not bool(moment.isfinite().all()):
         raise NotCovered(f"the statistics of {name} are not finite")
     with covering():
-        values, vectors = spectrum(moment, threshold)
+        values, vectors = torch.linalg.eigh(moment.double())
         projector = Projector.from_spectrum(values.clamp(min=0), vectors, threshold)
     near = int(((values.abs() - threshold).abs() <= _AMBIGUOUS * threshold).sum())
     if near:
@@ -56,26 +55,6 @@ def null_space(context: Context, name: str, moment: Tensor, threshold: float) ->
         print(projector.dimension)
     _made[name] = projector
     return dense(projector).float().cpu()
-
-
-def spectrum(moment: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,), ascending, and eigenvectors (d, d) of C, float64.
-
-    Of a float32 C those nearest to the threshold are in float64, found in the space that they span (Rayleigh-Ritz),
-    and the others in float32, at half the work. Float32 mixes eigenvectors by about ε‖C‖ over the distance of their
-    eigenvalues, which matters for P only between both sides of the threshold; so does the original's SVD, everywhere.
-    """
-    d = len(moment)
-    if moment.dtype == torch.float64 or d <= 2 * _WINDOW:
-        values, vectors = torch.linalg.eigh(moment.double())
-        return values, vectors
-    values, vectors = (part.double() for part in torch.linalg.eigh(moment.float()))
-    first = min(max(int((values < threshold).sum()) - _WINDOW // 2, 0), d - _WINDOW)
-    window = slice(first, first + _WINDOW)
-    basis = torch.linalg.qr(vectors[:, window]).Q
-    values[window], rotation = torch.linalg.eigh(basis.T @ (moment.double() @ basis))
-    vectors[:, window] = basis @ rotation
-    return values, vectors
 
 
 def dense(projector: Projector) -> Tensor:
