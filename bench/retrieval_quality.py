@@ -766,13 +766,42 @@ def threshold_of(editor: Editor | None) -> float | None:
 def wanted(
     methods: Sequence[str], n_checkpoints: int, counts: Sequence[int]
 ) -> list[tuple[str, int | None, int]]:
-    """Method, checkpoint and number of edits of each run."""
+    """Method, checkpoint and number of edits of each run, one number of edits after another."""
     return [
         (method, number, count)
+        for count in counts
         for method in methods
         for number in (range(n_checkpoints) if method.startswith("recipe") else (None,))
-        for count in counts
     ]
+
+
+def read(args: argparse.Namespace) -> None:
+    """How well unedited models read facts in their context; no edit is made."""
+    logging.getLogger("fastedit").setLevel(logging.ERROR)
+    rows = []
+    for model in args.models:
+        options = Options(
+            model=model,
+            data=args.data,
+            train=tuple(args.train),
+            counts=(args.records,),
+            scored=args.records,
+            tuning=0,
+            demonstrations=0,
+            settings="",
+            out="",
+            text=None,
+            text_tokens=0,
+            batch=args.batch_size,
+            seed=args.seed,
+        )
+        study = Study(options)
+        about = {"model": study.name, "data": study.about["data"], "records": len(study.scored)}
+        rows += [
+            {**about, "in front": template, **scores}
+            for template, scores in study.reading(study.scored).items()
+        ]
+    print(retrieval_report.write_reading(rows, str(args.out)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -875,3 +904,21 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     add("--steps", type=int, default=1250, metavar="N", help="of each seed")
     add("--validate-every", type=int, default=250, metavar="N", help="steps between validations")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``reading``."""
+    add = parser.add_argument
+    add(
+        "--models",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help='language models; "demo" is the packaged one',
+    )
+    add("--data", required=True, metavar="FILE", help="records to ask")
+    add("--train", nargs="+", default=[], metavar="FILE", help="records with which nothing may be shared")
+    add("--records", type=int, default=100, metavar="N", help="that are asked")
+    add("--batch-size", type=int, default=64, metavar="N", help="texts in a pass")
+    add("--seed", type=int, default=0, help="of the choice of records")
+    add("--out", required=True, metavar="STEM", help="of the table and the CSV")

@@ -127,6 +127,31 @@ def reading(shared: dict[str, Any]) -> list[str]:
     return ["## The unedited model and a fact in its context", "", *aligned(header, rows), ""]
 
 
+def write_reading(rows: Sequence[dict[str, Any]], stem: str) -> str:
+    """Write CSV and table of how well unedited models read a fact in their context, and return the table.
+
+    Args:
+        rows: ``model``, ``data``, ``records``, ``in front`` (a template, or nothing) and scores.
+        stem: of the files.
+    """
+    names = [name for name in rows[0] if name in SCORES]
+    header = ["model", "data", "records", "in front", *(SCORES[name] for name in names)]
+    cells = [
+        [
+            row["model"],
+            row["data"],
+            str(row["records"]),
+            f"`{row['in front']!r}`" if row["in front"] else "nothing",
+            *(percent([row[name]]) for name in names),
+        ]
+        for row in rows
+    ]
+    text = "\n".join(["# The unedited models and a fact in their context", "", *aligned(header, cells), ""])
+    atomic_write_text(f"{stem}.csv", csv_of(rows))
+    atomic_write_text(f"{stem}.md", text)
+    return text
+
+
 def draw(runs: Sequence[Run], path: str) -> None:
     """Reliability, generality and locality over the number of edits."""
     plt = pyplot()

@@ -260,3 +260,17 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert "19 runs are there, 1 to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="of other records or settings"):
         retrieval_editing.main(command(folder, "--seed", "1"))
+
+
+@pytest.mark.slow
+def test_reading_needs_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(folder / "demo_test.json"), "--train", str(folder / "demo_train.json")]
+    stem = folder / "reading"
+    retrieval_editing.main(["reading", "--models", "demo", *data, "--records", "8", "--out", str(stem)])
+    with stem.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["in front"] for row in rows] == ["", *retrieval_quality.TEMPLATES]
+    assert {row["records"] for row in rows} == {"8"}
+    assert float(rows[0]["reliability_exact"]) == 0
+    assert float(rows[1]["reliability_exact"]) > 0.8  # the demo model reads its context
+    assert stem.with_suffix(".md").read_text() == capsys.readouterr().out.removesuffix("\n")
