@@ -11,18 +11,14 @@ import argparse
 import csv
 from typing import Any
 
+from fastedit.bench.tables import pyplot
+
 OURS, OTHERS = "#1f6f8b", "#c7c7c7"
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Median times with p20 to p80, shorter is better; providers that were not measured are left out."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("plotting needs matplotlib: pip install 'fastedit-llm[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     panels: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["p50_ms"] not in (None, ""):

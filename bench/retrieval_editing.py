@@ -3,6 +3,8 @@
     python bench/retrieval_editing.py speed                        training, adding facts, serving with 10,000 facts
     python bench/retrieval_editing.py speed --parts training --rounds 3
     python bench/retrieval_editing.py demo-data --out data         facts of the demo model, by subject: train and test
+    python bench/retrieval_editing.py reading --models MODEL_DIR --data test.json --train train.json --out reading
+    python bench/retrieval_editing.py train --model MODEL_DIR --data train.json --exclude test.json --out recipe
     python bench/retrieval_editing.py quality --model MODEL_DIR --data test.json --train train.json \\
         --checkpoints recipe0 recipe1 recipe2
 
@@ -373,6 +375,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     retrieval_quality.add_arguments(quality)
     quality.set_defaults(run=retrieval_quality.main)
+    reading = commands.add_parser("reading", help="how well unedited models read a fact in their context")
+    retrieval_quality.add_reading_arguments(reading)
+    reading.set_defaults(run=retrieval_quality.read)
+    train = commands.add_parser("train", help="train RECIPE for the quality study, a checkpoint a seed")
+    retrieval_quality.add_training_arguments(train)
+    train.set_defaults(run=retrieval_quality.train)
     data = commands.add_parser("demo-data", help="write the demo model's facts, by subject: train and test")
     data.add_argument("--out", required=True, type=Path, metavar="DIR")
     data.set_defaults(run=lambda options: retrieval_quality.write_demo_rows(options.out))

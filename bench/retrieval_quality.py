@@ -4,8 +4,8 @@
         --checkpoints recipe0 recipe1 recipe2
 
 Asked are records of --data that share no subject and no prompt, of locality neither, with those of --train. At each
-number of edits as many windows of that many facts are edited, asked and taken off as it takes to ask --scored
-records, at least one. Methods:
+number of edits as many windows of that many facts are edited, asked and taken off as it takes to ask the first
+--scored records; whether prompts find their facts is asked of all that are edited. Methods:
 
 none           the unedited model
 ike@0          IKE without demonstrations: the fact as text in front
@@ -20,7 +20,8 @@ The thresholds of recipe@cosine and of both IKEs and the template of texts in fr
 --data, which are not asked: the threshold for the greatest mean of the share of prompts that find their own fact and
 the share of unrelated prompts that find none; the template for what the unedited model reads best. Settings of other
 methods are read from SETTINGS_DIR/MODEL_NAME_METHOD.json, if there is one; statistics, where they are needed, come
-from the asked records' true sentences. What IKE shows is embedded once and not counted as editing.
+from the records' true sentences. A text encoder reads each text once for all runs: how long editing takes is measured
+by ``speed``, not here.
 
 Each run (method, checkpoint, number of edits) is written to the results folder when it is finished, and the same
 command goes on with the runs that are missing.
@@ -29,17 +30,19 @@ command goes on with the runs that are missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
 import logging
 import math
 import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -55,17 +58,20 @@ from fastedit.editors.ike import Ike
 from fastedit.editors.locate_then_edit import LocateThenEdit
 from fastedit.editors.params import resolve_params
 from fastedit.editors.recipe import Recipe
+from fastedit.editors.recipe_training import train as train_recipe
+from fastedit.editors.training_loop import checkpoint_of
 from fastedit.evaluation import Before, Evaluator
 from fastedit.evaluation.metrics import exact_match, token_accuracy
 from fastedit.evaluation.scoring import Pair, PairScore, Scorer
 from fastedit.io import atomic_write_json, atomic_write_text, read_json
 from fastedit.memory import Decision
 from fastedit.memory.demonstrations import Demonstrator, filled
+from fastedit.memory.encoder import TextEncoder
 from fastedit.memory.prefix import Prefix
 from fastedit.memory.recipe import RecipeMemory, knowledge_text, load_parts
-from fastedit.memory.sentences import SentenceEncoder
+from fastedit.memory.sentences import DEFAULT_ENCODER, SentenceEncoder
 from fastedit.memory.text_prefix import IkeMemory, ids_in_front
-from fastedit.models import describe, encode_prompt
+from fastedit.models import describe, encode_prompt, fingerprint
 from fastedit.models.loading import load_model
 from fastedit.stats import collect
 
@@ -88,6 +94,7 @@ TEMPLATES = (
     "New Fact: {fact}\nPrompt: {prompt}",
     "[Updated Information] {fact}.\n[Query] {prompt}",
 )
+FOR_SMALL_MODELS = {"dim": 256, "lr": 3e-4, "generator_lr": 5e-3, "tied_towers": True, "validation": 256}
 BROKEN = (FasteditError, torch.linalg.LinAlgError)
 PROTOCOLS = ("easyedit.tf", "wild", "drift.ppl")
 MEASURES = {  # name -> protocol and metric
@@ -220,6 +227,55 @@ def write_demo_rows(out: Path) -> None:
     for name, rows in zip(("train", "test"), demo_rows(), strict=True):
         atomic_write_text(out / f"demo_{name}.json", json.dumps(rows, indent=1, ensure_ascii=False))
         print(f"{len(rows)} rows in {out / f'demo_{name}.json'}")
+
+
+# ------------------------------------------------------------------ training
+
+
+@contextlib.contextmanager
+def encoded_once() -> Iterator[None]:
+    """In here text encoders with the same weights read each text once; for encoders that are not trained."""
+    digests = weakref.WeakKeyDictionary[TextEncoder, str]()
+    known: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def once(name: str) -> Any:
+        read = getattr(TextEncoder, name)
+
+        def reads(self: TextEncoder, texts: Sequence[str], *how: str) -> Tensor:
+            if self not in digests:
+                digests[self] = fingerprint(self.module)
+            found = known.setdefault((name, digests[self], *how), {})
+            missing = [text for text in dict.fromkeys(texts) if text not in found]
+            if missing:
+                found.update(zip(missing, read(self, missing, *how), strict=True))
+            return torch.stack([found[text] for text in texts])
+
+        return mock.patch.object(TextEncoder, name, reads)
+
+    with once("statistics"), once("pooled"):
+        yield
+
+
+def train(args: argparse.Namespace) -> None:
+    """A checkpoint a seed; what was interrupted goes on, what is finished stays."""
+    model, tokenizer = load_model(str(MODEL_FOLDER) if args.model == "demo" else args.model, dtype="float32")
+    records = [record for path in args.data for record in load_records(path)]
+    exclude = [record for path in args.exclude for record in load_records(path)]
+    with contextlib.nullcontext() if args.train_encoder else encoded_once():
+        for seed in args.seeds:
+            out = Path(f"{args.out}{seed}")
+            if out.exists() and not checkpoint_of(out).exists():
+                print(f"{out} is there", flush=True)
+                continue
+            params = {
+                "steps": args.steps,
+                "train_encoder": args.train_encoder,
+                "validate_every": args.validate_every,
+                **FOR_SMALL_MODELS,
+            }
+            options: dict[str, Any] = {"encoder": args.encoder, "exclude": exclude, "params": params}
+            report = train_recipe(model, tokenizer, records, out, seed=seed, progress=None, **options)
+            print(json.dumps({"out": str(out), "seed": seed, **report}), flush=True)
 
 
 # ------------------------------------------------------------------ memories with parts exchanged
@@ -377,7 +433,7 @@ class Study:
                 f"{options.data} has {len(rows)} records that can be asked ({left_out}): too few"
             )
         n = min(max(options.counts), len(rows) - min(options.tuning, len(rows) // 4))
-        self.records = rows[:n]
+        self.records, self.scored = rows[:n], rows[: min(n, options.scored)]
         self.tuning = apart(rows[n:], self.records, self.fits)[0][: options.tuning]
         self.about = {
             "model": self.name,
@@ -401,7 +457,7 @@ class Study:
         self._demonstrator: Demonstrator | None = None
 
     def fits(self, record: Record) -> bool:
-        """Whether every prompt of a record fits into the model's context with its answer and the fact in front."""
+        """Whether the longest prompt of a record fits into the model's context, with answer and fact in front."""
         limit = self.description.context_length
         if limit is None:
             return True
@@ -412,7 +468,7 @@ class Study:
             for prompt, answer in asked
             for template in TEMPLATES
         ]
-        return all(len(encode_prompt(self.tokenizer, text)) < limit for text in texts)
+        return len(encode_prompt(self.tokenizer, max(texts, key=len))) < limit
 
     # -- what is measured once ----------------------------------------------------------------------
 
@@ -425,7 +481,7 @@ class Study:
         path = self.folder / "shared.json"
         if not path.exists():
             reading = {
-                name: self.reading(rows) for name, rows in (("tuning", self.tuning), ("asked", self.records))
+                name: self.reading(rows) for name, rows in (("tuning", self.tuning), ("asked", self.scored))
             }
             of_template = reading["tuning"] if self.tuning else reading["asked"]
             best = max(TEMPLATES, key=lambda template: of_template[template]["generality"])
@@ -492,9 +548,8 @@ class Study:
             given |= {"k": 0, "template": template} if suffix else {"k": self.options.demonstrations}
             demonstrations = None if suffix else self.train
             editor = ToldIke(model, self.tokenizer, params=given, demonstrations=demonstrations, **options)
-            if editor.demonstrator is not None:
+            if editor.demonstrator is not None:  # its texts are read once for all runs
                 self._demonstrator = editor.demonstrator = self._demonstrator or editor.demonstrator
-                _ = self._demonstrator.keys  # read once for all runs, and not counted as editing
             return editor
         params: Any = self.settings(name)
         kind: Any = editor_class(name)
@@ -551,12 +606,12 @@ class Study:
         return {protocol: self.evaluator(self.model, protocol, None).before() for protocol in PROTOCOLS}
 
     def evaluator(self, model: Any, protocol: str, before: Before | None) -> Evaluator:
-        """Scores of ``model`` by one protocol; text is generated for the first --scored records only."""
+        """Scores of ``model`` by one protocol."""
         text = self.options.text
         return Evaluator(
             model,
             self.tokenizer,
-            self.records[: self.options.scored] if protocol == "wild" else self.records,
+            self.scored,
             (protocol,),
             batch_size=self.options.batch,
             text=None if text is None else Path(text).read_text(encoding="utf-8"),
@@ -577,7 +632,6 @@ class Study:
     ) -> dict[str, Any]:
         """Edit, ask and take off window after window, and write the result."""
         given = None if checkpoint is None else checkpoints[checkpoint]
-        began = time.perf_counter()
         run = Run(self, method, given, count)
         try:
             run.all_windows()
@@ -593,7 +647,6 @@ class Study:
             "edits": count,
             "about": self.about,
             **run.result(),
-            "seconds": {"editing": round(run.seconds, 3), "all": round(time.perf_counter() - began, 2)},
         }
         atomic_write_json(self.path(method, checkpoint, count), result)
         return result
@@ -617,7 +670,6 @@ class Run:
         self.evaluators = {name: study.evaluator(self.model, name, before[name]) for name in PROTOCOLS}
         self.n_windows = max(1, min(len(study.records) // count, math.ceil(study.options.scored / count)))
         self.sums: dict[str, list[float]] = {}
-        self.seconds = 0.0
         self.failed: str | None = None
 
     def all_windows(self) -> None:
@@ -628,29 +680,28 @@ class Run:
             if self.editor is None:
                 self.ask(number, places)
                 continue
-            began = time.perf_counter()
             edit = self.editor.edit([record.fact for record in records])
-            self.seconds += time.perf_counter() - began
             try:
                 self.ask(number, places)
                 side = getattr(self.editor, "side", None)
                 memory = getattr(side, "memory", None)
                 if isinstance(memory, (Exchanged, ToldIkeMemory)):
-                    self.look(memory, records)
+                    self.look(memory, records, self.study.scored[places.start : places.stop])
             finally:
                 edit.revert(self.model)
 
     def ask(self, number: int, places: Sequence[int]) -> None:
         """Score a window; perplexity is measured in the first."""
-        self.evaluators["easyedit.tf"].after("batch", self.count, indices=places)
-        generated = [i for i in places if i < self.study.options.scored]
-        if generated:
-            self.evaluators["wild"].after("batch", self.count, indices=generated)
+        scored = [i for i in places if i < len(self.study.scored)]
+        for protocol in ("easyedit.tf", "wild"):
+            self.evaluators[protocol].after("batch", self.count, indices=scored)
         if number == 0:
             self.evaluators["drift.ppl"].after("batch", self.count)
 
-    def look(self, memory: Exchanged | ToldIkeMemory, records: Sequence[Record]) -> None:
-        """What the retriever does with each prompt, and how prompts are answered when it need not find anything."""
+    def look(
+        self, memory: Exchanged | ToldIkeMemory, records: Sequence[Record], scored: Sequence[Record]
+    ) -> None:
+        """What the retriever does with each prompt, and how scored ones are answered when it need not find any."""
         relevant, own, unrelated = queries_of(records)
         scores, bounds = memory.scores(relevant)
         best, place = scores.max(1)
@@ -672,7 +723,7 @@ class Run:
             for prompt, i in zip(relevant, own, strict=True)
         }
         scorer = Scorer(self.model, tokenizer, batch_size=self.study.options.batch, show_progress=False)
-        for kind, pairs in self.study.asked(records).items():
+        for kind, pairs in self.study.asked(scored).items():
             value = self.study.accuracy(pairs, scorer=scorer)
             self.sums.setdefault(f"told_{kind}", []).extend([value] * len(pairs))
         memory.told = None
@@ -715,13 +766,42 @@ def threshold_of(editor: Editor | None) -> float | None:
 def wanted(
     methods: Sequence[str], n_checkpoints: int, counts: Sequence[int]
 ) -> list[tuple[str, int | None, int]]:
-    """Method, checkpoint and number of edits of each run."""
+    """Method, checkpoint and number of edits of each run, one number of edits after another."""
     return [
         (method, number, count)
+        for count in counts
         for method in methods
         for number in (range(n_checkpoints) if method.startswith("recipe") else (None,))
-        for count in counts
     ]
+
+
+def read(args: argparse.Namespace) -> None:
+    """How well unedited models read facts in their context; no edit is made."""
+    logging.getLogger("fastedit").setLevel(logging.ERROR)
+    rows = []
+    for model in args.models:
+        options = Options(
+            model=model,
+            data=args.data,
+            train=tuple(args.train),
+            counts=(args.records,),
+            scored=args.records,
+            tuning=0,
+            demonstrations=0,
+            settings="",
+            out="",
+            text=None,
+            text_tokens=0,
+            batch=args.batch_size,
+            seed=args.seed,
+        )
+        study = Study(options)
+        about = {"model": study.name, "data": study.about["data"], "records": len(study.scored)}
+        rows += [
+            {**about, "in front": template, **scores}
+            for template, scores in study.reading(study.scored).items()
+        ]
+    print(retrieval_report.write_reading(rows, str(args.out)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -759,8 +839,9 @@ def main(args: argparse.Namespace) -> None:
             + f". {len(runs) - len(missing)} runs are there, {len(missing)} to do",
             flush=True,
         )
-        for method, checkpoint, count in missing:
-            say(study.run(method, args.checkpoints, checkpoint, count))
+        with encoded_once():
+            for method, checkpoint, count in missing:
+                say(study.run(method, args.checkpoints, checkpoint, count))
     print(retrieval_report.write(out))
 
 
@@ -773,8 +854,8 @@ def say(result: dict[str, Any]) -> None:
         if scores.get(name) is not None
     ]
     print(
-        f"{result['method']} {result['checkpoint'] or ''} {result['edits']} edits: {', '.join(parts)}; "
-        f"{result['seconds']['all']:.0f} s {result['failed'] or ''}",
+        f"{result['method']} {result['checkpoint'] or ''} {result['edits']} edits: {', '.join(parts)} "
+        f"{result['failed'] or ''}",
         flush=True,
     )
 
@@ -809,3 +890,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the choice of records")
     add("--out", type=Path, metavar="DIR", help="results, by default bench/results/retrieval_editing_MODEL")
     add("--table-only", action="store_true", help="make table and plot from the results that are there")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``train``."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help='a causal language model; "demo" is the packaged one')
+    add("--data", required=True, nargs="+", metavar="FILE", help="records to train on, of all files together")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="records that nothing may be shared with")
+    add("--out", required=True, metavar="DIR", help="the seed is appended")
+    add("--encoder", default=DEFAULT_ENCODER, metavar="DIR", help="folder or name of the text encoder")
+    add("--train-encoder", action="store_true", help="train it as well; otherwise it reads each text once")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    add("--steps", type=int, default=1250, metavar="N", help="of each seed")
+    add("--validate-every", type=int, default=250, metavar="N", help="steps between validations")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``reading``."""
+    add = parser.add_argument
+    add(
+        "--models",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help='language models; "demo" is the packaged one',
+    )
+    add("--data", required=True, metavar="FILE", help="records to ask")
+    add("--train", nargs="+", default=[], metavar="FILE", help="records with which nothing may be shared")
+    add("--records", type=int, default=100, metavar="N", help="that are asked")
+    add("--batch-size", type=int, default=64, metavar="N", help="texts in a pass")
+    add("--seed", type=int, default=0, help="of the choice of records")
+    add("--out", required=True, metavar="STEM", help="of the table and the CSV")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastedit.bench.sequential_report import aligned
+from fastedit.bench.tables import aligned, csv_of, number, percent, pyplot
 from fastedit.io import atomic_write_text, read_json
 
 Run = dict[str, Any]
@@ -38,8 +36,8 @@ Reliability and generality: tokens of the new answer that are the most probable 
 edited prompt and after its rephrasing; exact: all of them. Locality: tokens of an unrelated prompt's answer at which
 the most probable token is that of the unedited model. Generated: greedy free text equals the new answer; for
 locality, the unedited model's text. Perplexity: of the text named above. hit@1: the prompt's own fact is the nearest
-of all; gate: the nearest fact is near enough to be put in front, right or wrong. Told: each prompt is handed its own
-fact. Scores in percent; mean ± standard deviation over checkpoints.
+of all; gate: the nearest fact is near enough to be put in front, right or wrong; both of all edited records. Told:
+each prompt is handed its own fact. Scores in percent; mean ± standard deviation over checkpoints.
 """
 
 
@@ -64,12 +62,8 @@ def table_csv(runs: Sequence[Run]) -> str:
         names = ("method", "checkpoint", "edits", "windows", "asked", "threshold", "failed")
         row = {name: run[name] for name in names}
         row |= {name: run["scores"].get(name) for name in (*SCORES, *RETRIEVAL, "ppl")}
-        rows.append(row | {f"seconds.{name}": value for name, value in run["seconds"].items()})
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+        rows.append(row)
+    return csv_of(rows)
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[int, str], list[Run]]:
@@ -85,11 +79,11 @@ def table(runs: Sequence[Run], shared: dict[str, Any]) -> str:
     about, groups = shared["about"], grouped(runs)
     left_out = ", ".join(f"{count} {reason}" for reason, count in about["left_out"].items() if count)
     lines = [
-        f"# Retrieval editors on {about['model']}",
+        f"# Retrieval editors on {about['model']}: {about['data']}",
         "",
-        f"Records: {about['data']}, {about['rows']} rows; left out: {left_out or 'none'}. Trained on: "
-        f"{', '.join(about['train']) or 'not said'}. Text: {about['text'] or 'the packaged neutral text'}. fastedit "
-        f"{about['fastedit']}, torch {about['torch']}.",
+        f"{about['rows']} rows; left out: {left_out or 'none'}. Trained on: "
+        f"{', '.join(about['train']) or 'not said'}. Thresholds: tuned on {about['tuning']} further records. Text: "
+        f"{about['text'] or 'the packaged neutral text'}. fastedit {about['fastedit']}, torch {about['torch']}.",
         "",
         LEGEND,
         *reading(shared),
@@ -98,19 +92,16 @@ def table(runs: Sequence[Run], shared: dict[str, Any]) -> str:
         here = {method: group for (n, method), group in groups.items() if n == count}
         first = next(iter(here.values()))[0]
         lines += [f"## {count} edits ({first['windows']} times, {first['asked']} records asked)", ""]
-        header = ["method", "runs", *SCORES.values(), "perplexity", "seconds per edit"]
+        header = ["method", "runs", *SCORES.values(), "perplexity"]
         rows = []
         for method, group in here.items():
             of = [run["scores"] for run in group]
-            per_edit = [run["seconds"]["editing"] / (count * run["windows"]) for run in group]
             cells = [percent([each.get(name) for each in of]) for name in SCORES]
-            rows.append(
-                [method, str(len(group)), *cells, number([each.get("ppl") for each in of]), number(per_edit)]
-            )
+            rows.append([method, str(len(group)), *cells, number([each.get("ppl") for each in of])])
         lines += [*aligned(header, rows), ""]
         rows = [
             [method, *(percent([run["scores"].get(name) for run in group]) for name in RETRIEVAL),
-             number([run["threshold"] for run in group])]
+             number([run["threshold"] for run in group]) if group[0]["threshold"] is not None else ""]
             for method, group in here.items()
             if any(name in run["scores"] for run in group for name in RETRIEVAL)
         ]  # fmt: skip
@@ -136,33 +127,37 @@ def reading(shared: dict[str, Any]) -> list[str]:
     return ["## The unedited model and a fact in its context", "", *aligned(header, rows), ""]
 
 
-def percent(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation; empty without values."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return ""
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.1f}{spread}"
+def write_reading(rows: Sequence[dict[str, Any]], stem: str) -> str:
+    """Write CSV and table of how well unedited models read a fact in their context, and return the table.
 
-
-def number(values: Sequence[float | None]) -> str:
-    """Mean to three digits; empty without values."""
-    known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.3g}" if known else ""
+    Args:
+        rows: ``model``, ``data``, ``records``, ``in front`` (a template, or nothing) and scores.
+        stem: of the files.
+    """
+    names = [name for name in rows[0] if name in SCORES]
+    header = ["model", "data", "records", "in front", *(SCORES[name] for name in names)]
+    cells = [
+        [
+            row["model"],
+            row["data"],
+            str(row["records"]),
+            f"`{row['in front']!r}`" if row["in front"] else "nothing",
+            *(percent([row[name]]) for name in names),
+        ]
+        for row in rows
+    ]
+    text = "\n".join(["# The unedited models and a fact in their context", "", *aligned(header, cells), ""])
+    atomic_write_text(f"{stem}.csv", csv_of(rows))
+    atomic_write_text(f"{stem}.md", text)
+    return text
 
 
 def draw(runs: Sequence[Run], path: str) -> None:
-    """Reliability, generality and locality over the number of edits; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Reliability, generality and locality over the number of edits."""
+    plt = pyplot()
     groups = grouped(runs)
     methods = list(dict.fromkeys(method for _, method in groups))
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
     for axis, name in zip(axes, ("reliability", "generality", "locality"), strict=True):
         for method in methods:
             points = [
@@ -178,4 +173,4 @@ def draw(runs: Sequence[Run], path: str) -> None:
     axes[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastedit.bench.tables import aligned, csv_of, number, percent, pyplot
 from fastedit.io import atomic_write_text, read_json
 
 Run = dict[str, Any]
@@ -69,11 +68,7 @@ def table_csv(runs: Sequence[Run]) -> str:
         row |= {name: last[name] for name in HEALTH}
         row |= {f"seconds.{name}": value for name, value in run["seconds"].items()}
         rows.append(row)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    return csv_of(rows)
 
 
 def table(runs: Sequence[Run], shared: dict[str, Any]) -> str:
@@ -178,41 +173,9 @@ def edited(run: Run) -> int:
     return run["collapsed"]["edits"] if run["collapsed"] else run["points"][-1]["edits"]
 
 
-def percent(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation in percent; empty if nothing was measured."""
-    present = [100 * value for value in values if value is not None]
-    if not present:
-        return ""
-    spread = f" ± {statistics.stdev(present):.1f}" if len(present) > 1 else ""
-    return f"{statistics.fmean(present):.1f}{spread}"
-
-
-def number(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation; ``not finite`` if a value is missing."""
-    present = [value for value in values if value is not None]
-    if len(present) < len(values):
-        return "not finite"
-    spread = f" ± {statistics.stdev(present):.2g}" if len(present) > 1 else ""
-    return f"{statistics.fmean(present):.3g}{spread}"
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-             for line in (header, ["-" * width for width in widths], *rows)]  # fmt: skip
-    return lines
-
-
 def draw(runs: Sequence[Run], shared: dict[str, Any], stem: str) -> None:
     """``_retention.png``: efficacy over the number of edits; ``_scatter.png``: efficacy against locality."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("plotting needs matplotlib: pip install 'fastedit-llm[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     groups = grouped(runs)
     names = list(dict.fromkeys(label.removesuffix("+norm") for label in groups))
     colours = {name: f"C{i}" for i, name in enumerate(names)}

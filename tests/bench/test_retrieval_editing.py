@@ -13,11 +13,17 @@ from model_configs import tiny_model, tiny_tokenizer
 from recipe_tiny import FACTS, PROMPTS, save_encoder, trained
 
 from fastedit.bench import retrieval_editing, retrieval_quality
-from fastedit.bench.retrieval_quality import Exchanged, ExchangedRecipe, apart, best_threshold, demo_rows
+from fastedit.bench.retrieval_quality import (
+    Exchanged,
+    ExchangedRecipe,
+    apart,
+    best_threshold,
+    demo_rows,
+    encoded_once,
+)
 from fastedit.data import Record, records_from
-from fastedit.demo import load_demo_model
-from fastedit.editors.recipe_training import train
 from fastedit.io import read_json
+from fastedit.memory.encoder import TextEncoder
 from fastedit.models import encode_prompt
 
 METHODS = ("none", "recipe", "recipe@text", "recipe@words", "recipe@cosine", "ft-m")
@@ -127,6 +133,45 @@ def test_what_is_in_front_can_be_text_or_words(checkpoint: Path) -> None:
     assert embeddings.equal(words.base.get_input_embeddings().weight[ids])
 
 
+# ---- training -------------------------------------------------------------------------------------------
+
+
+def test_encoders_with_the_same_weights_read_each_text_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(save_encoder(tmp_path / "encoder"))
+    first, second = TextEncoder.load(folder), TextEncoder.load(folder)
+    wanted = first.statistics(["a", "b b"]), first.pooled(["a", "b b"], "mean")
+    read: list[str] = []
+    states = TextEncoder.states
+
+    def noted(self: TextEncoder, texts: Any) -> Any:
+        read.extend(texts)
+        return states(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "states", noted)
+    with encoded_once():
+        assert first.statistics(["b b", "a", "a"]).equal(wanted[0][[1, 0, 0]])
+        assert second.statistics(["a"]).equal(wanted[0][:1])
+        assert read == ["b b", "a"]
+        torch.testing.assert_close(second.pooled(["a", "b b"], "mean"), wanted[1])
+        assert len(read) == 4
+        with torch.no_grad():
+            next(second.module.parameters()).add_(1.0)
+        other = TextEncoder(second.module, second.tokenizer)
+        assert not other.statistics(["a"]).equal(wanted[0][:1])
+    second.statistics(["a"])
+    assert len(read) == 6
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_there_is_not_trained_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrieval_editing.main(training(folder, folder / "encoder"))
+    assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()] == [["is", "there"]] * 2
+
+
 # ---- the commands ---------------------------------------------------------------------------------------
 
 
@@ -137,25 +182,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     retrieval_editing.main(["demo-data", "--out", str(folder)])
     rows = json.loads((folder / "demo_train.json").read_text())[:40]
     (folder / "demo_train.json").write_text(json.dumps(rows))
-    model, tokenizer = load_demo_model()
     encoder = save_encoder(folder / "encoder")
-    params = {"steps": 1, "batch": 4, "dim": 8, "train_encoder": False, "validation": 4, "holdout": 0.3}
-    for seed in (0, 1):
-        out = folder / f"recipe{seed}"
-        train(
-            model,
-            tokenizer,
-            records_from(rows),
-            out,
-            encoder=encoder,
-            params=params,
-            seed=seed,
-            progress=False,
-        )
+    retrieval_editing.main(training(folder, encoder))
     (folder / "settings").mkdir()
     (folder / "settings" / "demo_ft-m.json").write_text(json.dumps({"layers": [2], "steps": 4}))
     retrieval_editing.main(command(folder))
     return folder
+
+
+def training(folder: Path, encoder: Path | str) -> list[str]:
+    given = {"--model": "demo", "--data": folder / "demo_train.json", "--exclude": folder / "demo_test.json"}
+    given |= {"--out": folder / "recipe", "--encoder": encoder, "--steps": 1}
+    return ["train", *(str(part) for pair in given.items() for part in pair), "--seeds", "0", "1"]
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -222,3 +260,17 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert "19 runs are there, 1 to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="of other records or settings"):
         retrieval_editing.main(command(folder, "--seed", "1"))
+
+
+@pytest.mark.slow
+def test_reading_needs_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(folder / "demo_test.json"), "--train", str(folder / "demo_train.json")]
+    stem = folder / "reading"
+    retrieval_editing.main(["reading", "--models", "demo", *data, "--records", "8", "--out", str(stem)])
+    with stem.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["in front"] for row in rows] == ["", *retrieval_quality.TEMPLATES]
+    assert {row["records"] for row in rows} == {"8"}
+    assert float(rows[0]["reliability_exact"]) == 0
+    assert float(rows[1]["reliability_exact"]) > 0.8  # the demo model reads its context
+    assert stem.with_suffix(".md").read_text() == capsys.readouterr().out.removesuffix("\n")
