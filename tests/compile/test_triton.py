@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+triton = pytest.importorskip("triton", reason="triton is not installed")
 triton_compiler = pytest.importorskip("triton.compiler", reason="triton is not installed")
 if "constexprs" not in inspect.signature(triton_compiler.ASTSource.__init__).parameters:
     pytest.skip(
@@ -30,9 +31,8 @@ ARCHITECTURES = (80, 90, 100, 120)
 MATRIX_UNIT = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # elsewhere mma.sync
 SHARED_LIMIT = {80: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use; 86 and 89 use the tiles of 80
 
-STACK_LIMIT = (
-    128  # bytes a thread: 3.9 spills nothing, some other versions of Triton a few words in a few kernels
-)
+# Bytes a thread. Triton 3.9 spills nothing; 3.7 spills up to 24 words in four of the kernels.
+STACK_LIMIT = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 96
 
 KERNELS = Path(__file__).parent / "kernels"  # one file for each hot path: VARIANTS, QUICK, launch, check
 
