@@ -18,7 +18,18 @@ from ..models.runner import BlockCalls, BlockRunner, Prefix
 from ..models.tokens import pad_batch
 from ..progress import progress
 from .prompts import FactRows
-from .values import ValueObjective, Values, adam_step, at_columns, micro_batches, smaller_if_it_must
+from .values import (
+    DIVERGED,
+    Descent,
+    Loss,
+    ScoredTokens,
+    ValueObjective,
+    Values,
+    at_columns,
+    descend,
+    micro_batches,
+    smaller_if_it_must,
+)
 
 SETTLED_NLL_FACTOR = 0.1
 SETTLED_KL = 0.01
@@ -62,8 +73,8 @@ def optimise_pairs(
     broken = torch.zeros(n, dtype=torch.bool)
 
     def run(chosen: list[int]) -> None:
-        found = _optimise_together(runner, [rows[i] for i in chosen], objective)
-        initial[chosen] = found.initial[:, 1].to(device)
+        before, found = _optimise_together(runner, [rows[i] for i in chosen], objective)
+        initial[chosen] = before[:, 1].to(device)
         shift[chosen] = found.shift[:, 1].to(device)
         losses[chosen] = found.losses.cpu()
         broken[chosen] = found.broken.cpu()
@@ -72,25 +83,8 @@ def optimise_pairs(
         for batch in micro_batches(runner, rows, objective, micro_batch):
             for chosen in smaller_if_it_must(batch, run):
                 bar.update(len(chosen))
-    reasons = dict.fromkeys(broken.nonzero().flatten().tolist(), "its loss stopped being finite")
+    reasons = dict.fromkeys(broken.nonzero().flatten().tolist(), DIVERGED)
     return Values(initial, shift, initial.clone(), losses, reasons)
-
-
-@dataclass
-class _Pairs:
-    """The facts of a micro-batch while they are optimised; of each pair the attention's comes first.
-
-    Attributes:
-        initial: (n, 2, hidden) fp32, unedited outputs of the two projections under the bare prompt.
-        shift: (n, 2, hidden) fp32.
-        losses: (n, steps, 4) fp64, as in :class:`Values`.
-        broken: (n,) bool, the loss stopped being finite.
-    """
-
-    initial: Tensor
-    shift: Tensor
-    losses: Tensor
-    broken: Tensor
 
 
 @dataclass
@@ -102,7 +96,7 @@ class _Recorded:
         starts: (rows,), the position of the subject's last token.
         lengths: (rows,), of the suffixes.
         states: (rows, suffix, hidden), at the entry of the block; None for the first block.
-        initial: (n, 2, hidden) fp32, see :class:`_Pairs`.
+        initial: (n, 2, hidden) fp32, unedited outputs of the two projections under the bare prompt.
         prefix: keys and values before the suffixes, from the block on.
     """
 
@@ -122,75 +116,37 @@ class _Suffixes:
         states: (rows, suffix, hidden), at the entry of the block.
         calls: the blocks' arguments.
         fact: (rows,), which fact a row belongs to; the last row of each fact is its neutral row.
-        scored: flat (row · suffix + column) positions at which target tokens are scored.
-        token: their ids.
-        owner: the facts they belong to.
-        weight: of their log-probabilities in the fact's mean.
-        neutral: (n,), flat positions of the KL term.
+        scored: where the head is needed.
     """
 
     states: Tensor
     calls: BlockCalls
     fact: Tensor
-    scored: Tensor
-    token: Tensor
-    owner: Tensor
-    weight: Tensor
-    neutral: Tensor
+    scored: ScoredTokens
 
 
-def _optimise_together(runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective) -> _Pairs:
+def _optimise_together(
+    runner: BlockRunner, rows: Sequence[FactRows], objective: ValueObjective
+) -> tuple[Tensor, Descent]:
+    """Unedited outputs (n, 2, hidden), the attention's first, and the shifts of this shape."""
     recorded = _record(runner, rows, objective.layer)
-    n, device = len(rows), recorded.initial.device
-    shift = torch.zeros_like(recorded.initial)
-    moments = torch.zeros_like(shift), torch.zeros_like(shift)
-    losses = torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64, device=device)
-    scale = recorded.initial.norm(dim=2)
-    broken = torch.zeros(n, dtype=torch.bool, device=device)
-    settled = torch.zeros(n, dtype=torch.bool, device=device)  # all targets likeliest at the last evaluation
-    reference: Tensor | None = None
+    settled = torch.zeros(len(rows), dtype=torch.bool, device=recorded.initial.device)
+    reference: list[Tensor] = []
 
-    live = torch.arange(n, device=device)
-    batch = _prepare(runner, rows, recorded, live, objective.layer)
-    done = torch.zeros(n, dtype=torch.bool, device=device)
-    for step in range(objective.steps):
-        delta = shift[live].requires_grad_()
-        with torch.enable_grad():
-            nll, likeliest, log_p = _forward(runner, batch, delta, objective.layer)
-            if reference is None:
-                reference = log_p.detach()
-            kl = objective.kl_factor * F.kl_div(
-                reference[live], log_p, log_target=True, reduction="none"
-            ).sum(1)
-            decay = objective.weight_decay * (delta.norm(dim=2) / scale[live] ** 2).sum(1)
-            factor = torch.ones_like(nll).masked_fill_(settled[live], SETTLED_NLL_FACTOR)
-            loss = factor * nll + kl + decay
-            now = torch.stack((loss, nll, kl, decay), 1).detach().double()
-            losses[live, step] = torch.where(done[:, None], losses[live, step], now)
-            broken[live] |= ~done & ~now.isfinite().all(1)
-            settled[live] = likeliest
-            done |= (now[:, 0] < objective.stop_loss) | (likeliest & (now[:, 2] <= SETTLED_KL)) | broken[live]
-            last = step == objective.steps - 1
-            if last or (step % 4 == 0 and bool(done.all())):
-                break
-            (gradient,) = torch.autograd.grad(loss.sum(), delta)
-        moved = adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
-        moved = _clamped(moved, objective.clamp * scale[live])
-        shift[live] = torch.where(done[:, None, None], shift[live], moved)
-        # Every few steps the facts that are done leave the batch, if they are many.
-        if step % 4 == 3 and int(done.sum()) * 4 >= len(done):
-            live = live[~done]
-            if len(live) == 0:
-                break
-            batch = _prepare(runner, rows, recorded, live, objective.layer)
-            done = torch.zeros(len(live), dtype=torch.bool, device=device)
-    return _Pairs(recorded.initial, shift, losses, broken)
+    def loss(batch: _Suffixes, live: Tensor, delta: Tensor) -> Loss:
+        nll, likeliest, log_p = _forward(runner, batch, delta, objective.layer)
+        if not reference:
+            reference.append(log_p.detach())
+        divergence = F.kl_div(reference[0][live], log_p, log_target=True, reduction="none").sum(1)
+        kl = objective.kl_factor * divergence
+        factor = torch.ones_like(nll).masked_fill_(settled[live], SETTLED_NLL_FACTOR)
+        settled[live] = likeliest
+        return Loss(factor * nll, nll, kl, likeliest & (kl.detach() <= SETTLED_KL))
 
+    def prepare(live: Tensor) -> _Suffixes:
+        return _prepare(runner, rows, recorded, live, objective.layer)
 
-def _clamped(shift: Tensor, limit: Tensor) -> Tensor:
-    """Shifts (n, 2, hidden), each shortened to its limit (n, 2) if it is longer."""
-    norm = shift.norm(dim=2)
-    return torch.where((norm > limit)[:, :, None], shift * (limit / norm)[:, :, None], shift)
+    return recorded.initial, descend(recorded.initial, objective, prepare, loss)
 
 
 def _record(runner: BlockRunner, rows: Sequence[FactRows], layer: int) -> _Recorded:
@@ -255,28 +211,11 @@ def _prepare(
     else:
         states = recorded.states[index.to(recorded.states.device), :suffix]
 
-    scored: list[int] = []
-    token: list[int] = []
-    owner: list[int] = []
-    weight: list[float] = []
-    for number, fact in enumerate(live.tolist()):
-        target, contexts = rows[fact].target, rows[fact].targets
-        for column, row in enumerate(contexts):
-            end = (number * per_fact + column) * suffix + len(row.ids) - row.subject_last
-            scored += range(end - len(target), end)
-        token += target * len(contexts)
-        owner += [number] * len(target) * len(contexts)
-        weight += [1.0 / (len(target) * len(contexts))] * len(target) * len(contexts)
-    numbers = torch.arange(len(live), device=states.device)
     return _Suffixes(
         states,
         calls,
-        numbers.repeat_interleave(per_fact),
-        torch.tensor(scored, device=states.device),
-        torch.tensor(token, device=states.device),
-        torch.tensor(owner, device=states.device),
-        torch.tensor(weight, device=states.device),
-        ((numbers + 1) * per_fact - 1) * suffix,
+        torch.arange(len(live), device=states.device).repeat_interleave(per_fact),
+        ScoredTokens.of([rows[i] for i in live.tolist()], suffix, states.device),
     )
 
 
@@ -296,17 +235,15 @@ def _forward(
         description.projection(layer).module.register_forward_hook(_adding(mlp)),
     ):
         out = runner.run(batch.calls, batch.states, layer, layer + 1)
-    wanted = torch.cat((batch.scored, batch.neutral))
-    log_p = F.log_softmax(
-        runner.logits(runner.states_at(batch.calls, out, layer + 1, wanted)).float(), dim=-1
-    )
-    split, place = len(batch.scored), log_p.device
-    owner = batch.owner.to(place)
-    picked = log_p[:split].gather(1, batch.token.to(place)[:, None])[:, 0]
-    nll = torch.zeros(len(delta), device=place).index_add(0, owner, -picked * batch.weight.to(place))
+    scored = batch.scored
+    states = runner.states_at(batch.calls, out, layer + 1, scored.wanted)
+    log_p = F.log_softmax(runner.logits(states).float(), dim=-1)
+    split, place = len(scored.place), log_p.device
+    picked = log_p[:split].gather(1, scored.token.to(place)[:, None])[:, 0]
     beaten = torch.zeros(len(delta), device=place).index_add(
-        0, owner, (picked < log_p[:split].amax(1)).float()
+        0, scored.owner.to(place), (picked < log_p[:split].amax(1)).float()
     )
+    nll = scored.mean(-picked, len(delta))
     return nll.to(delta.device), (beaten == 0).to(delta.device), log_p[split:].to(delta.device)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+DIVERGED = "its loss stopped being finite"
 _CPU_TOKENS_PER_THREAD = 256
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -165,24 +169,77 @@ def smaller_if_it_must(batch: list[int], run: Callable[[list[int]], None]) -> It
 
 
 @dataclass
+class ScoredTokens:
+    """Where the head is needed in the suffixes of the rows of n facts.
+
+    Attributes:
+        place: (m,), flat (row · suffix + column) positions at which target tokens are scored.
+        token: (m,), their ids.
+        weight: (m,) fp32, of their log-probabilities in the fact's mean over tokens and contexts.
+        owner: (m,), the facts they belong to.
+        neutral: (n,), flat positions of the KL term.
+    """
+
+    place: Tensor
+    token: Tensor
+    weight: Tensor
+    owner: Tensor
+    neutral: Tensor
+
+    @classmethod
+    def of(cls, facts: Sequence[FactRows], suffix: int, device: torch.device) -> ScoredTokens:
+        """Those of facts whose rows, the neutral one last, are cut to ``suffix`` columns from the subject on."""
+        place: list[int] = []
+        token: list[int] = []
+        weight: list[float] = []
+        owner: list[int] = []
+        neutral: list[int] = []
+        row = 0
+        for number, fact in enumerate(facts):
+            length = len(fact.target)
+            for prompt in fact.targets:
+                end = row * suffix + len(prompt.ids) - prompt.subject_last
+                place += range(end - length, end)
+                row += 1
+            count = length * len(fact.targets)
+            token += fact.target * len(fact.targets)
+            weight += [1.0 / count] * count
+            owner += [number] * count
+            neutral.append(row * suffix)
+            row += 1
+        return cls(
+            torch.tensor(place, device=device),
+            torch.tensor(token, device=device),
+            torch.tensor(weight, device=device),
+            torch.tensor(owner, device=device),
+            torch.tensor(neutral, device=device),
+        )
+
+    @property
+    def wanted(self) -> Tensor:
+        """(m + n,): all positions, scored ones first."""
+        return torch.cat((self.place, self.neutral))
+
+    def mean(self, per_token: Tensor, n: int) -> Tensor:
+        """(n,): each fact's weighted sum of (m,) values."""
+        device = per_token.device
+        weighted = per_token * self.weight.to(device)
+        return torch.zeros(n, device=device).index_add(0, self.owner.to(device), weighted)
+
+
+@dataclass
 class _Rows:
     """The suffixes of the rows of some facts, ready to be run from the edited layer up.
 
-    ``fact`` says which fact a row belongs to; the last row of each fact is its neutral row. ``scored``
-    holds flat (row · length + column) positions of scored tokens, ``token`` their ids, ``weight`` one over
-    the number of tokens and contexts, ``owner`` the fact; ``neutral`` the flat positions of the KL term; ``seen`` the
-    flat positions of all tokens that count, None if these are all.
+    ``fact`` says which fact a row belongs to; the last row of each fact is its neutral row. ``seen`` holds the flat
+    positions of all tokens that count, None if these are all.
     """
 
     states: Tensor
     base: Tensor | None
     fact: Tensor
     calls: BlockCalls
-    scored: Tensor
-    token: Tensor
-    weight: Tensor
-    owner: Tensor
-    neutral: Tensor
+    scored: ScoredTokens
     seen: Tensor | None
 
 
@@ -210,57 +267,118 @@ def _optimise_together(
     recorded = _record(runner, [rows[i] for i in chosen], objective.layer)
     first = torch.arange(len(chosen), device=recorded.states.device) * per_fact
     initial = (recorded.mlp[first] if objective.at_mlp else recorded.states[first, 0]).float()
-    scale = initial.norm(dim=1)
+    reference: list[Tensor] = []
+
+    def loss(batch: _Rows, live: Tensor, delta: Tensor) -> Loss:
+        before = reference[0][live] if reference else None
+        nll, divergence, log_p = _forward(runner, batch, delta, objective, before)
+        if not reference:
+            reference.append(log_p)
+        return Loss(nll, nll, objective.kl_factor * divergence)
+
+    found = descend(
+        initial, objective, lambda live: _prepare(runner, rows, chosen, recorded, live, objective), loss
+    )
+    for position in found.broken.nonzero().flatten().tolist():
+        values.broken[chosen[position]] = DIVERGED
+    values.initial[chosen] = initial.to(values.initial.device)
+    values.mlp[chosen] = _mlp_contribution(runner, recorded.mlp[first], objective).to(values.mlp.device)
+    values.shift[chosen] = found.shift.to(values.shift.device)
+    values.losses[chosen] = found.losses.cpu()
+
+
+@dataclass
+class Loss:
+    """One evaluation of n facts, without the weight decay; (n,) each.
+
+    Attributes:
+        fit: the negative log-likelihood as it is minimised.
+        nll: as it is reported.
+        kl: the KL term, with its factor.
+        settled: facts that may stop, whatever their loss; None: none.
+    """
+
+    fit: Tensor
+    nll: Tensor
+    kl: Tensor
+    settled: Tensor | None = None
+
+
+@dataclass
+class Descent:
+    """What :func:`descend` found for n facts.
+
+    Attributes:
+        shift: of the shape of the initial values.
+        losses: (n, steps, 4) fp64, see :class:`Values`.
+        broken: (n,) bool, the loss stopped being finite.
+    """
+
+    shift: Tensor
+    losses: Tensor
+    broken: Tensor
+
+
+def descend(
+    initial: Tensor,
+    objective: ValueObjective,
+    prepare: Callable[[Tensor], Batch],
+    evaluate: Callable[[Batch, Tensor, Tensor], Loss],
+) -> Descent:
+    """Adam on the shifts of the values of n facts, each as if it were alone; facts that are done leave the batch.
+
+    Args:
+        initial: (n, ..., hidden) fp32, the unedited values. Each vector has its own weight decay and its own clamp.
+        objective: constants of the loss and its optimiser.
+        prepare: makes what ``evaluate`` needs of the facts (k,) that are live.
+        evaluate: the loss at shifts (k, ..., hidden), of such a batch and its facts.
+    """
+    n, device = len(initial), initial.device
+    scale = initial.norm(dim=-1)
     shift = torch.zeros_like(initial)
     moments = torch.zeros_like(shift), torch.zeros_like(shift)
-    losses = torch.full(
-        (len(chosen), objective.steps, 4), float("nan"), dtype=torch.float64, device=shift.device
-    )
-    reference: Tensor | None = None
+    losses = torch.full((n, objective.steps, 4), float("nan"), dtype=torch.float64, device=device)
+    broken = torch.zeros(n, dtype=torch.bool, device=device)
 
-    live = torch.arange(len(chosen), device=shift.device)
-    batch = _prepare(runner, rows, chosen, recorded, live, objective)
-    done = torch.zeros(len(live), dtype=torch.bool, device=shift.device)
-    broken = torch.zeros(len(chosen), dtype=torch.bool, device=shift.device)
+    live = torch.arange(n, device=device)
+    batch = prepare(live)
+    done = torch.zeros_like(broken)
     for step in range(objective.steps):
         delta = shift[live].requires_grad_()
         with torch.enable_grad():
-            nll, divergence, log_p = _forward(
-                runner, batch, delta, objective, None if reference is None else reference[live]
-            )
-            if reference is None:
-                reference = log_p
-            kl = objective.kl_factor * divergence
-            decay = objective.weight_decay * delta.norm(dim=1) / scale[live] ** 2
-            loss = nll + kl + decay
-            now = torch.stack((loss, nll, kl, decay), 1).detach().double()
+            at = evaluate(batch, live, delta)
+            decay = objective.weight_decay * (delta.norm(dim=-1) / scale[live] ** 2).reshape(
+                len(live), -1
+            ).sum(1)
+            loss = at.fit + at.kl + decay
+            now = torch.stack((loss, at.nll, at.kl, decay), 1).detach().double()
             losses[live, step] = torch.where(done[:, None], losses[live, step], now)
             broken[live] |= ~done & ~now.isfinite().all(1)
             done |= (now[:, 0] < objective.stop_loss) | broken[live]
+            if at.settled is not None:
+                done |= at.settled
             last = step == objective.steps - 1
             if last or (step % 4 == 0 and bool(done.all())):
                 break
             (gradient,) = torch.autograd.grad(loss.sum(), delta)
         moved = adam_step(shift[live], gradient.float(), moments, live, step + 1, objective.lr)
-        norm = moved.norm(dim=1)
-        limit = objective.clamp * scale[live]
-        moved = torch.where((norm > limit)[:, None], moved * (limit / norm)[:, None], moved)
-        shift[live] = torch.where(done[:, None], shift[live], moved)
+        moved = _clamped(moved, objective.clamp * scale[live])
+        kept = done.reshape(-1, *[1] * (shift.dim() - 1))
+        shift[live] = torch.where(kept, shift[live], moved)
         # Every few steps the facts that are done leave the batch, if they are many.
         if step % 4 == 3 and int(done.sum()) * 4 >= len(done):
             live = live[~done]
             if len(live) == 0:
                 break
-            batch = _prepare(runner, rows, chosen, recorded, live, objective)
-            done = torch.zeros(len(live), dtype=torch.bool, device=shift.device)
+            batch = prepare(live)
+            done = torch.zeros(len(live), dtype=torch.bool, device=device)
+    return Descent(shift, losses, broken)
 
-    for position in broken.nonzero().flatten().tolist():
-        values.broken[chosen[position]] = "its loss stopped being finite"
-    losses = losses.cpu()
-    values.initial[chosen] = initial.to(values.initial.device)
-    values.mlp[chosen] = _mlp_contribution(runner, recorded.mlp[first], objective).to(values.mlp.device)
-    values.shift[chosen] = shift.to(values.shift.device)
-    values.losses[chosen] = losses
+
+def _clamped(shift: Tensor, limit: Tensor) -> Tensor:
+    """Shifts (..., hidden), each shortened to its limit (...) if it is longer."""
+    norm = shift.norm(dim=-1)
+    return torch.where((norm > limit)[..., None], shift * (limit / norm)[..., None], shift)
 
 
 def adam_step(
@@ -335,38 +453,13 @@ def _prepare(
         calls = BlockCalls(recorded.states, [])
     states = recorded.states[index.to(recorded.states.device), :suffix]
 
-    scored: list[int] = []
-    token: list[int] = []
-    weight: list[float] = []
-    owner: list[int] = []
-    neutral: list[int] = []
-    for number, fact in enumerate(live.tolist()):
-        fact_row = rows[chosen[fact]]
-        contexts, target = fact_row.targets, fact_row.target
-        for column, row in enumerate(contexts):
-            end = len(row.ids) - row.subject_last
-            flat = (number * per_fact + column) * suffix + end - len(target)
-            scored += range(flat, flat + len(target))
-            token += target
-            weight += [1.0 / (len(target) * len(contexts))] * len(target)
-            owner += [number] * len(target)
-        neutral.append((number * per_fact + len(contexts)) * suffix)
     base = recorded.mlp[index.to(recorded.mlp.device)] if _has_post_norm(runner, objective) else None
-    fact_of_row = torch.arange(len(live), device=states.device).repeat_interleave(per_fact)
-
-    def tensor(items: list, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.tensor(items, dtype=dtype, device=states.device)
-
     return _Rows(
         states,
         base,
-        fact_of_row,
+        torch.arange(len(live), device=states.device).repeat_interleave(per_fact),
         calls,
-        tensor(scored),
-        tensor(token),
-        tensor(weight, torch.float32),
-        tensor(owner),
-        tensor(neutral),
+        ScoredTokens.of([rows[chosen[i]] for i in live.tolist()], suffix, states.device),
         None if bool(counts.all()) else counts.flatten().nonzero()[:, 0].to(states.device),
     )
 
@@ -381,15 +474,12 @@ def _forward(
     """Per fact: negative log-likelihood (n,), KL (n,) and log-probabilities (n, vocabulary) at the neutral prompt."""
     moved = batch.states[:, 0].float() + _reaching(runner, batch, delta, objective)
     hidden = torch.cat((moved.to(batch.states.dtype)[:, None], batch.states[:, 1:]), 1)
-    wanted = torch.cat((batch.scored, batch.neutral))
-    states = runner.states_at(batch.calls, hidden, objective.layer + 1, wanted, batch.seen)
+    states = runner.states_at(batch.calls, hidden, objective.layer + 1, batch.scored.wanted, batch.seen)
     logits = runner.logits(states).float()
     if reference is not None:
         reference = reference.to(logits.device)
-    picked, divergence, log_p = token_losses(logits, batch.token.to(logits.device), reference)
-    nll = torch.zeros(len(delta), device=picked.device).index_add(
-        0, batch.owner.to(picked.device), picked * batch.weight.to(picked.device)
-    )
+    picked, divergence, log_p = token_losses(logits, batch.scored.token.to(logits.device), reference)
+    nll = batch.scored.mean(picked, len(delta))
     return nll.to(delta.device), divergence.to(delta.device), log_p.to(delta.device)
 
 
