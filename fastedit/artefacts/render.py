@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 EDITABLE = (torch.float64, torch.float32, *HALF)
+_WORTH_THREADS = 1 << 23  # bytes; fewer are hashed before threads have started
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def settle(work: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     """:func:`fastedit.models.weight_digest` of several tensors at once (hashing releases the GIL)."""
-    if len(tensors) < 2:
+    if len(tensors) < 2 or sum(tensor.nbytes for tensor in tensors.values()) < _WORTH_THREADS:
         return {name: weight_digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(max_workers=min(8, len(tensors))) as pool:
         return dict(zip(tensors, pool.map(weight_digest, tensors.values()), strict=True))

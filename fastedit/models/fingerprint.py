@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,14 +105,23 @@ def _sample(tensor: Tensor) -> Tensor:
     count = tensor.numel()
     if count <= _SAMPLES:
         return tensor.reshape(-1)
-    # One element in each of 1,024 stretches of equal length, at a place that wanders from stretch to stretch,
-    # so that the samples of a matrix do not all fall into a few columns.
-    order = torch.arange(_SAMPLES, dtype=torch.int64)
+    places = _places(count).to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[places]
+    return tensor[torch.unravel_index(places, tensor.shape)]
+
+
+@lru_cache(maxsize=64)
+def _places(count: int) -> Tensor:
+    """(1024,) int64: one element in each of 1,024 stretches of equal length of a flattened tensor.
+
+    The place wanders from stretch to stretch, so that the samples of a matrix do not all fall into a few columns.
+    """
+    order = torch.arange(_SAMPLES, dtype=torch.int64, device="cpu")
     starts, ends = order * count // _SAMPLES, (order + 1) * count // _SAMPLES
     flat = starts + (order * 2654435761) % (ends - starts)
     flat[-1] = count - 1
-    index = torch.unravel_index(flat.to(tensor.device), tensor.shape)
-    return tensor[index]
+    return flat
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
