@@ -67,9 +67,10 @@ machine() {
 install_editable() {
   python3 -m pip install -q --no-index --no-build-isolation --no-deps -e . 2>&1 && return 0
   echo "editable install failed; building in place and linking the kernels instead"
-  python3 setup.py build_ext --inplace || return 1
   mkdir -p "$linked"
   ln -sfn "$root/fastedit" "$linked/fastedit"
+  # from a folder without pyproject.toml, of which setuptools before 77 refuses the licence
+  (cd "$linked" && python3 "$root/setup.py" build_ext --inplace) || return 1
   ln -sfn "$root/kernels" "$root/fastedit/kernels"
   ln -sfn "$root/bench" "$root/fastedit/bench"
 }
