@@ -95,7 +95,7 @@ tests=(tests/ops)
 [ -d tests/csrc ] && tests+=(tests/csrc)
 workers=()  # kernels compile at their first launch: several processes shorten that
 python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-LINES_SHOWN=30 step tests 170 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
+LINES_SHOWN=30 step tests 220 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
 LINES_SHOWN=4 step memcheck 60 bash -c 'sanitize memcheck'
 LINES_SHOWN=4 step racecheck 60 bash -c 'sanitize racecheck'
 
