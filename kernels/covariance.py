@@ -253,7 +253,11 @@ def _launch(cov, x, mask, config, precision):
     partial = (
         float64 or splits > 1
     )  # a float64 cov is added to by the second kernel alone: fewer registers here
-    out = torch.empty(splits * tiles * tile_bytes // 4, device=x.device) if partial else cov
+    out = (
+        torch.empty(splits * tiles * tile_bytes // 4, dtype=torch.float32, device=x.device)
+        if partial
+        else cov
+    )
     _covariance_kernel[(tiles * splits,)](
         out,
         x,

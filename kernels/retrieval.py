@@ -89,7 +89,8 @@ def _scan_kernel(
         slack = gamma * (reach * reach) + floor
     else:
         value = product
-        slack = gamma * (norm_q[:, None] * norm_k[None, :]) + floor
+        # 1e-15: at least the norm of a vector whose squares are too small for float32
+        slack = gamma * ((norm_q + 1e-15)[:, None] * (norm_k + 1e-15)[None, :]) + floor
     upper = value + slack
     lower = value - slack
     upper = tl.where(tl.abs(upper) < float("inf"), upper, float("inf"))  # NaN, too, could be anything
@@ -257,7 +258,9 @@ def _search(queries, keys, k, alive, scale, nearest, highest):
         for start in range(0, n_queries, chunk):
             rows = queries[start : start + chunk]
             n = rows.shape[0]
-            upper, lower = (torch.empty((n, tiles), device=keys.device) for _ in range(2))
+            upper, lower = (
+                torch.empty((n, tiles), dtype=torch.float32, device=keys.device) for _ in range(2)
+            )
             _scan_kernel[(triton.cdiv(n, block_b) * tiles,)](
                 upper, lower, rows, norms[start:], keys, scaled, counted, n, n_keys, d, tiles, gamma, floor,
                 *strides, **options, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_D=block_d,

@@ -21,7 +21,7 @@ _BINS = tl.constexpr(2048)
 _LARGEST = 0x7FFFFFFF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["i", "keep"])
 def _describe_kernel(address_ptr, keep_ptr, weight_ptr, i, v_ptr, keep, weight):
     """One entry of the table of inputs; a copy from the host would wait, or go stale in a captured graph."""
     tl.store(address_ptr + i, v_ptr.to(tl.int64))
@@ -60,13 +60,15 @@ def _count_kernel(
     counts_ptr,
     collected_ptr,
     N,
+    M,
+    N_TILES,
     CAPACITY,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one tile of one input. Memory: the tile of the input and of base, once."""
-    i = tl.program_id(0)
-    tile = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) % M
+    tile = (tl.program_id(0) // M).to(tl.int64)
     if not _trims(keep_ptr, i, N):
         return
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
@@ -75,7 +77,7 @@ def _count_kernel(
     low = tl.load(bracket_ptr + 2 * i)
     high = tl.load(bracket_ptr + 2 * i + 1)
     inside = (bits > low) & (bits < high)
-    slot = i * tl.num_programs(1) + tile
+    slot = i * N_TILES + tile
     counts = counts_ptr + slot * _COUNTS
     tl.store(counts + _ABOVE, tl.sum((bits > high).to(tl.int32)))
     tl.store(counts + _AT_HIGH, tl.sum((bits == high).to(tl.int32)))
@@ -142,6 +144,7 @@ def _histogram_kernel(
     state_ptr,
     bins_ptr,
     N,
+    M,
     N_TILES,
     CAPACITY,
     SHIFT: tl.constexpr,
@@ -151,14 +154,14 @@ def _histogram_kernel(
     GROUP: tl.constexpr,
 ):
     """One program: GROUP tiles of one input. The next bits of magnitudes in [first, first + 2^WIDTH)."""
-    i = tl.program_id(0)
+    i = tl.program_id(0) % M
     mode = tl.load(state_ptr + i * _STATE + _MODE)
     if mode == _AT_END:
         return
     first = tl.load(state_ptr + i * _STATE + _FIRST)
     bins = tl.zeros((_BINS,), tl.int32)
     outside = tl.zeros((), tl.int32)
-    start = tl.program_id(1).to(tl.int64) * GROUP
+    start = (tl.program_id(0) // M).to(tl.int64) * GROUP
     entries = tl.arange(0, BLOCK)
     for step in range(GROUP):
         tile = start + step
@@ -209,16 +212,18 @@ def _tied_kernel(
     state_ptr,
     quota_ptr,
     N,
+    M,
+    N_TILES,
     CAPACITY,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: one tile of one input. How many entries equal the threshold."""
-    i = tl.program_id(0)
-    tile = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) % M
+    tile = (tl.program_id(0) // M).to(tl.int64)
     if not _trims(keep_ptr, i, N):
         return
-    slot = i * tl.num_programs(1) + tile
+    slot = i * N_TILES + tile
     mode = tl.load(state_ptr + i * _STATE + _MODE)
     threshold = tl.load(state_ptr + i * _STATE + _FIRST)
     entries = tl.arange(0, BLOCK)
@@ -448,21 +453,36 @@ def ties_merge_triton(out, base, tensors, plan, scale, status):
         for i, (tensor, k, weight) in enumerate(zip(tensors, plan.keep, plan.weights, strict=True)):
             _describe_kernel[(1,)](address, keep, weights, i, tensor, k, weight, num_warps=1)
         if trims:
-            _count_kernel[(m, tiles)](base, address, keep, brackets, counts, collected, n, capacity, **flags)
+            # one axis: the others end at 65,535; programs with the same tile of base follow one another
+            _count_kernel[(tiles * m,)](
+                base, address, keep, brackets, counts, collected, n, m, tiles, capacity, **flags
+            )
         _locate_kernel[(m,)](
             keep, brackets, counts, state, bins, n, tiles if trims else 0, capacity, BLOCK=1024
         )
         if trims:
             width = 31
             for shift in (20, 10, 0):
-                _histogram_kernel[(m, triton.cdiv(tiles, group))](
-                    base, address, counts, collected, state, bins, n, tiles, capacity,
+                _histogram_kernel[(triton.cdiv(tiles, group) * m,)](
+                    base, address, counts, collected, state, bins, n, m, tiles, capacity,
                     SHIFT=shift, WIDTH=width, GROUP=group, **flags,
                 )  # fmt: skip
                 _descend_kernel[(m,)](state, bins, SHIFT=shift)
                 width = shift
-            _tied_kernel[(m, tiles)](
-                base, address, keep, brackets, counts, collected, state, quotas, n, capacity, **flags
+            _tied_kernel[(tiles * m,)](
+                base,
+                address,
+                keep,
+                brackets,
+                counts,
+                collected,
+                state,
+                quotas,
+                n,
+                m,
+                tiles,
+                capacity,
+                **flags,
             )
         _quota_kernel[(m,)](keep, state, quotas, n, tiles, ALL=plan.all_at_threshold, BLOCK=1024)
         for again in (False, True) if plan.majority else (False,):

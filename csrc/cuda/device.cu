@@ -34,7 +34,7 @@ std::string error_text(int status) {
 namespace {
 
 constexpr int max_devices = 64;
-constexpr uint64_t kept_bytes = uint64_t(64) << 20;  // stays mapped between calls; mapping it takes longer than most kernels
+constexpr uint64_t kept_bytes = uint64_t(256) << 20;  // a workspace at its largest: mapping it takes longer than most kernels
 
 // Our own pool of a device, made at its first use: the default one gives all memory back at every synchronization.
 cudaError_t pool_of(int device, cudaMemPool_t* out) {

@@ -34,6 +34,7 @@ constexpr int max_splits = 32;  // blocks of the exact pass for a query: the lan
 constexpr int64_t chunk_queries = 1024;
 constexpr size_t bound_bytes = size_t(64) << 20;
 constexpr float infinity = __builtin_huge_valf();
+constexpr float vanished = 1e-15f;  // at least the norm of a vector whose squares are too small for float
 
 template <class Key>
 struct Arguments {
@@ -160,7 +161,7 @@ struct Bounds {
 // Of one pair, from its product and the two norms. What is not finite could be anything.
 template <bool Nearest>
 __device__ __forceinline__ Bounds bounds_of(float product, float norm_q, float norm_k, float gamma, float floor) {
-  float value = product, slack = gamma * (norm_q * norm_k) + floor;
+  float value = product, slack = gamma * ((norm_q + vanished) * (norm_k + vanished)) + floor;
   if constexpr (Nearest) {
     const float reach = norm_q + norm_k;
     value = 2.0f * product - norm_k * norm_k - norm_q * norm_q;

@@ -44,7 +44,9 @@ class _Chunk:
     ) -> None:
         self.offset, self.n = offset, 0
         self.keys = torch.empty(capacity, dim, dtype=dtype, device=device)
-        self.scale = torch.empty(capacity, device=device) if dtype == torch.int8 else None
+        self.scale = (
+            torch.empty(capacity, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+        )
         self.codes: tuple[Tensor, ...] = ()  # bytes, step, error, norm, rest
 
     @property
@@ -116,7 +118,7 @@ class KeyIndex:
         self._chunks: list[_Chunk] = []
         self._projection: _Projection | None = None
         self._alive = torch.empty(0, dtype=torch.bool, device=self.device)
-        self._radius = torch.empty(0, device=self.device)
+        self._radius = torch.empty(0, dtype=torch.float32, device=self.device)
         self._n_removed = 0
 
     # ---- contents ----
@@ -362,7 +364,7 @@ class KeyIndex:
 
     def _radii(self, op: str, radius: Tensor | float, n: int) -> Tensor:
         if not isinstance(radius, Tensor):
-            return torch.full((n,), float(radius), device=self.device)
+            return torch.full((n,), float(radius), dtype=torch.float32, device=self.device)
         check.shape(op, (n,), "like the keys", radius=radius)
         check.dtype(op, (torch.float32,), radius=radius)
         return radius.detach().to(self.device)
@@ -423,12 +425,15 @@ class KeyIndex:
         data = torch.empty((capacity + 15) // 16, 64 * ((m + 3) // 4), dtype=torch.uint8)
         return (
             data,
-            *(torch.empty(capacity) for _ in range(3 if self._projection is None else 4)),
+            *(
+                torch.empty(capacity, dtype=torch.float32)
+                for _ in range(3 if self._projection is None else 4)
+            ),
             *self._no_rest(),
         )
 
     def _no_rest(self) -> tuple[Tensor, ...]:
-        return (torch.empty(0),) if self._projection is None else ()
+        return (torch.empty(0, dtype=torch.float32),) if self._projection is None else ()
 
     # ---- looking up ----
 
@@ -479,13 +484,7 @@ class KeyIndex:
             else:
                 ties = "highest" if highest else "lowest"
                 ids = max_inner_product(queries, keys, None, k, alive, scale=scale, ties=ties)[0]
-            b, place = (ids >= 0).nonzero(as_tuple=True)
-            j = ids[b, place]
-            if k > 1:  # merging wants them ascending
-                order = (b * keys.shape[0] + j).argsort()
-                b, j = b[order], j[order]
-            values = exact_values(queries, keys, scale, b, j, nearest)
-            found = merge(*found, b, values, j + chunk.offset, highest)
+            found = _joined(found, queries, keys, scale, ids, chunk.offset, nearest, highest)
         return found
 
     def _alive_of(self, chunk: _Chunk) -> Tensor | None:
@@ -517,6 +516,28 @@ class KeyIndex:
                 codes=codes,
                 **projected,
             )
+
+
+def _joined(
+    found: tuple[Tensor, Tensor],
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | None,
+    rows: Tensor,
+    offset: int,
+    nearest: bool,
+    highest: bool,
+) -> tuple[Tensor, Tensor]:
+    """The best k of what was found before and of a later chunk's ``rows``, (B, k), −1 for none; waits for nothing."""
+    n, k = rows.shape
+    rows = rows.sort(dim=1, descending=highest).values
+    b = torch.arange(n, device=rows.device).repeat_interleave(k)
+    values = exact_values(queries, keys, scale, b, rows.clamp(min=0).reshape(-1), nearest).view(n, k)
+    new = torch.where(rows >= 0, values, -math.inf), torch.where(rows >= 0, rows + offset, -1)
+    parts = (new, found) if highest else (found, new)
+    values, ids = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], ids.gather(1, order)[:, :k]
 
 
 def _leading(sample: Tensor, must: bool) -> _Projection | None:

@@ -303,7 +303,7 @@ def search_torch(
     keys = keys.detach()
     gamma = 1.05 * (d + 8) * 2.0**-24
     vanished = math.sqrt(d) * 2.0**-62  # the norm of a row whose squares are too small for float32
-    norm_q = torch.linalg.vector_norm(queries, dim=1)[:, None] + vanished
+    norm_q = torch.linalg.vector_norm(queries, dim=1)[:, None]
     step = max(128, (1 << 22) // max(n, d, 1))
     for start in range(0, keys.shape[0], step):
         rows = keys[start : start + step].float()
@@ -311,13 +311,13 @@ def search_torch(
             rows = rows * scale[start : start + step, None]
         with backend.full_float32():
             product = queries @ rows.T
-        norm_k = torch.linalg.vector_norm(rows, dim=1)[None] + vanished
+        norm_k = torch.linalg.vector_norm(rows, dim=1)[None]
         if nearest:
             value = 2 * product - norm_k.square() - norm_q.square()
             slack = gamma * (norm_q + norm_k).square()
         else:
             value = product
-            slack = gamma * (norm_q * norm_k)
+            slack = gamma * ((norm_q + vanished) * (norm_k + vanished))
         slack = slack + d * 2.0**-120  # products too small for float32
         upper = (value + slack).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
         lower = (value - slack).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)

@@ -36,6 +36,19 @@ def test_second_run_gives_the_same_bits(served_by, device):
     assert torch.equal(first, second)
 
 
+def test_the_workspace_does_not_depend_on_the_default_dtype(served_by, device):
+    x = tokens(200, 30, FP32, device)
+    first, second = (torch.zeros(30, 30, dtype=FP64, device=device) for _ in range(2))
+    covariance_(first, x)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(BF16)
+        covariance_(second, x)
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(first, second)
+
+
 def test_the_strict_upper_triangle_of_cov_is_written_from_the_lower(served_by, device):
     d = 37
     cov = torch.zeros(d, d, device=device)

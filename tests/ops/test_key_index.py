@@ -125,9 +125,11 @@ def test_keys_that_are_not_finite_or_not_there(scan):
     assert index.nearest(torch.empty(0, 6))[0].shape == (0,)
 
 
-def test_every_backend_serves(served_by, device):
+def test_every_backend_serves(served_by, device, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_CAPACITY", 32)
     index = KeyIndex(20, device=device)
     keys, queries = decaying(90, 20), decaying(3, 20, seed=1)
+    keys[60], queries[0] = keys[10], 3 * keys[10]  # a tie between two chunks
     index.add(keys[:50].to(device), 0.5)
     index.add(keys[50:].to(device), torch.full((40,), 2.0, device=device))
     index.remove(torch.tensor([4]))
@@ -135,9 +137,11 @@ def test_every_backend_serves(served_by, device):
     alive = torch.arange(90) != 4
     found = [t.cpu() for t in index.nearest(queries.to(device))]
     assert found[0].tolist() == nearest_key_reference(queries, keys, radius, alive)[0].tolist()
-    found = [t.cpu() for t in index.max_inner_product(queries.to(device), k=3, ties="highest")]
-    expected = max_inner_product_reference(queries, keys, None, 3, alive, ties="highest")
-    assert found[0].tolist() == expected[0].tolist()
+    for ties in ("highest", "lowest"):
+        found = [t.cpu() for t in index.max_inner_product(queries.to(device), k=3, ties=ties)]
+        expected = max_inner_product_reference(queries, keys, None, 3, alive, ties=ties)
+        assert found[0].tolist() == expected[0].tolist()
+    assert len(index._chunks) == 2
 
 
 def test_appending_moves_no_key(monkeypatch):

@@ -60,6 +60,27 @@ def test_a_returned_distance_covers_as_a_radius_and_a_returned_score_is_not_beat
     assert (max_inner_product(queries, keys, below)[0] >= 0).all()
 
 
+def test_norms_whose_squares_nearly_vanish(served_by, device):
+    """The nearer key is the farther one from the origin: what a bound adds to norms must not decide."""
+    queries, keys = torch.zeros(3, 24, device=device), torch.zeros(2, 24, device=device)
+    queries[:, 0] = 5e-15
+    keys[:, 0] = torch.tensor([3.999e-15, 6e-15])
+    for part in (queries[:1], queries):
+        assert nearest_key(part, keys)[0].tolist() == [1] * len(part)
+
+
+def test_workspaces_do_not_depend_on_the_default_dtype(served_by, device):
+    queries, keys = normal(5, 40, device=device, seed=1), normal(80, 40, device=device)
+    expected = [*nearest_key(queries, keys), *max_inner_product(queries, keys, k=2)]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(BF16)
+        found = [*nearest_key(queries, keys), *max_inner_product(queries, keys, k=2)]
+    finally:
+        torch.set_default_dtype(default)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_second_run_gives_the_same_bits(served_by, device):
     queries, keys = normal(9, 40, device=device, seed=1), normal(80, 40, dtype=BF16, device=device)
     first, second = (max_inner_product(queries, keys, k=4) for _ in range(2))
