@@ -44,23 +44,26 @@ def resolve_params(
     """
     if isinstance(given, kind):
         return _checked(given, description)
+    if isinstance(given, (str, Path)):
+        given = read_json(given)
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"params must be {kind.__name__}, a mapping or a JSON file, got {type(given).__name__}"
+        )
     values = _published(file, description)
     if values is None:
         values = kind.defaults_for(description)  # type: ignore[attr-defined]
-        logger.info(
-            "no published %s settings for %s: chosen by its shape: %s",
-            file,
-            architecture_key(description),
-            values,
-        )
-    if isinstance(given, (str, Path)):
-        given = read_json(given)
-    if given is not None:
-        if not isinstance(given, Mapping):
-            raise TypeError(
-                f"params must be {kind.__name__}, a mapping or a JSON file, got {type(given).__name__}"
+        chosen = {name: value for name, value in values.items() if name not in given}
+        if chosen:
+            logger.info(
+                "no published %s settings for %s: chosen by its shape: %s",
+                file,
+                architecture_key(description),
+                chosen,
             )
-        values = {**values, **given}
+    values = {**values, **given}
     return _checked(from_mapping(kind, values), description)
 
 
