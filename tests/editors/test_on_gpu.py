@@ -38,7 +38,16 @@ TEXTS = ["The Eiffel Tower is in the city of", "Rome", *(fact.text for fact in [
 SWEEP = {"steps": 6, "lr": 0.02, "layers": (0, 1)}
 ONE = {"steps": 6, "lr": 0.02, "layers": (1,)}
 TUNE = {"steps": 4, "lr": 2e-3, "layers": (1,)}
-WISE = {"lr": 0.3, "steps": 6, "alpha": 0.1, "beta": 0.8, "gamma": 0.4, "layers": (1,), "save_freq": 2, "merge_freq": 4}
+WISE = {
+    "lr": 0.3,
+    "steps": 6,
+    "alpha": 0.1,
+    "beta": 0.8,
+    "gamma": 0.4,
+    "layers": (1,),
+    "save_freq": 2,
+    "merge_freq": 4,
+}
 
 WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memit": ("memit", SWEEP),
@@ -63,8 +72,14 @@ MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
     "wise merged": ("wise", {**WISE, "retrieve": False}),
     "grace": ("grace", {"layers": (1,), "steps": 8, "lr": 0.3, "init": "cold", "radius": 0.5}),
     "defer": ("defer", {"layers": (1,), "steps": 6, "lr": 0.02}),
-    "melo": ("melo", {"layers": (0,), "targets": (1, 2), "steps": 6, "lr": 0.01, "n_blocks": 20, "halve_every": 3}),
-    "t-patcher": ("t-patcher", {"steps": 20, "lr": 0.05, "memory_weight": 0.1, "check_every": 5, "check_from": 5}),
+    "melo": (
+        "melo",
+        {"layers": (0,), "targets": (1, 2), "steps": 6, "lr": 0.01, "n_blocks": 20, "halve_every": 3},
+    ),
+    "t-patcher": (
+        "t-patcher",
+        {"steps": 20, "lr": 0.05, "memory_weight": 0.1, "check_every": 5, "check_from": 5},
+    ),
     "serac": ("serac", {"threshold": 0.9999}),
     "rase": ("rase", {"editor": "rome", "editor_params": {"steps": 6, "lr": 0.5}}),
     "rase of ft": ("rase", {"editor": "ft", "editor_params": {**TUNE, "lr": 0.01}}),
@@ -99,7 +114,10 @@ def of_memory(name: str, encoder: str) -> Callable[[Any], Any]:
     if method == "wise":
         options["contexts"] = CONTEXTS
     if method == "t-patcher":
-        options["texts"] = ["The capital of Japan is Tokyo. Rome is not.", "Miles Davis was born in Paris."] * 3
+        options["texts"] = [
+            "The capital of Japan is Tokyo. Rome is not.",
+            "Miles Davis was born in Paris.",
+        ] * 3
 
     def editor(model: Any) -> Any:
         more = {"statistics": moments(model), "contexts": CONTEXTS} if params.get("editor") == "rome" else {}
@@ -131,10 +149,14 @@ def generated(model: Any) -> None:
     greedy = generate(model, inputs, max_new_tokens=4)
     assert greedy.device == model.device
     assert generate(model, inputs, max_new_tokens=4, num_beams=2).shape == greedy.shape
-    assert generate(model, inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2).shape[0] == 2 * len(greedy)
+    assert generate(model, inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2).shape[
+        0
+    ] == 2 * len(greedy)
 
 
-def life(editor_of: Callable[[Any], Any], device: str, dtype: torch.dtype, folder: Path, **changes: Any) -> torch.Tensor:
+def life(
+    editor_of: Callable[[Any], Any], device: str, dtype: torch.dtype, folder: Path, **changes: Any
+) -> torch.Tensor:
     """The logits behind each text after two edits, once everything that can be done with them was done."""
     model = tiny_model("llama", dtype, **changes).to(device)
     before, plain = bits(model), said(model)
@@ -221,7 +243,10 @@ def test_prune_and_norm_anchor(method: str) -> None:
 
 @DTYPES
 def test_statistics(dtype: torch.dtype) -> None:
-    texts = ["The capital of France is Paris. Miles Davis plays the trumpet.", "The Colosseum is in Rome."] * 4
+    texts = [
+        "The capital of France is Paris. Miles Davis plays the trumpet.",
+        "The Colosseum is in Rome.",
+    ] * 4
     found = [
         collect(tiny_model("llama", dtype).to(device), tiny_tokenizer(), texts, layers=[0, 2], progress=False)
         for device in ("cuda", "cpu")
@@ -254,9 +279,10 @@ def test_an_evaluation(dtype: torch.dtype) -> None:
     measured: list[dict[str, float]] = []
     for device in ("cuda", "cpu"):
         model = tiny_model("llama", dtype).to(device)
-        before = Evaluator(model, tiny_tokenizer(), records()).before()
+        before = Evaluator(model, tiny_tokenizer(), records(), drift_tokens=256).before()
         edit = of_weights("memit")(model).edit(FACTS)
-        report = evaluate(model, tiny_tokenizer(), records(), before=before, n_edits=len(FACTS), edits=[edit])
+        given = {"before": before, "n_edits": len(FACTS), "edits": [edit], "drift_tokens": 256}
+        report = evaluate(model, tiny_tokenizer(), records(), **given)
         measured.append(
             {
                 f"{result.protocol} {result.when} {name}": estimate.mean
@@ -269,13 +295,20 @@ def test_an_evaluation(dtype: torch.dtype) -> None:
     assert measured[0][name] == pytest.approx(measured[1][name], rel=1e-2 if dtype == torch.float32 else 0.2)
 
 
-
 @DTYPES
 def test_recipe(dtype: torch.dtype, tmp_path: Path) -> None:
     """Trained on the GPU, used there and on the CPU."""
     from fastedit.editors.recipe_training import train
 
-    params = {"dim": 16, "batch": 2, "lr": 1e-2, "validate_every": 4, "holdout": 0.3, "steps": 4, "train_encoder": True}
+    params = {
+        "dim": 16,
+        "batch": 2,
+        "lr": 1e-2,
+        "validate_every": 4,
+        "holdout": 0.3,
+        "steps": 4,
+        "train_encoder": True,
+    }
     train(
         tiny_model("llama", dtype).to("cuda"),
         tiny_tokenizer(),
