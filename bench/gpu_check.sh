@@ -4,7 +4,7 @@
 #   bash bench/gpu_check.sh                build, tests, memory checks, benchmarks: under ten minutes
 #   QUICK=1 bash bench/gpu_check.sh        small sizes only
 #   TUNE=1 bash bench/gpu_check.sh         search the Triton configuration tables too, in the time that is left
-#   STEPS="build tests" bash ...           only these steps (machine build info tests memcheck racecheck bench tune)
+#   STEPS="build tests" bash ...           only these (machine build info tests editors memcheck racecheck bench tune)
 #   OUT=folder bash bench/gpu_check.sh     where tables and logs go (default: bench/results)
 #   LIMIT=900 bash bench/gpu_check.sh      seconds for everything (default: 570)
 #
@@ -96,6 +96,11 @@ tests=(tests/ops)
 workers=()  # kernels compile at their first launch: several processes shorten that
 python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
 LINES_SHOWN=30 step tests 220 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider "${tests[@]}"
+if python3 -c 'import transformers' 2>/dev/null; then
+  LINES_SHOWN=20 step editors 60 python3 -m pytest -q "${workers[@]}" --maxfail=20 -W default -p no:cacheprovider tests/editors/test_on_gpu.py
+else
+  summary+=("$(printf '%-22s %5s   not run: transformers is not installed' editors -)")
+fi
 LINES_SHOWN=4 step memcheck 60 bash -c 'sanitize memcheck'
 LINES_SHOWN=4 step racecheck 60 bash -c 'sanitize racecheck'
 

@@ -92,7 +92,8 @@ class DeferMemory(Memory):
     def route(self, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> Decision:
         """0 where the gate at the last token is at least one half; the prediction is kept for later calls."""
         self.state = {name: tensor.to(inputs.device) for name, tensor in self.state.items()}
-        gate, value = gate_and_value(inputs[torch.arange(len(inputs)), last_token(tokens)], self.state)
+        rows = torch.arange(len(inputs), device=inputs.device)
+        gate, value = gate_and_value(inputs[rows, last_token(tokens)], self.state)
         index = torch.where((gate >= 0.5) & tokens.any(1), 0, -1)
         return Decision(index, payload=value, score=gate)
 

@@ -401,7 +401,7 @@ class _Learner(Learner[Example]):
             settings.sentinel_tokens,
             settings.tied_towers,
         )
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.networks = RecipeNetworks(sizes).to(self.device)
         self.encoder_digest, self.encoder_name = fingerprint(reader.module), name

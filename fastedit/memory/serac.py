@@ -21,6 +21,7 @@ import inspect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,13 @@ class Conversation:
         cache: its KV cache; None before the prefill.
         mask: (rows, columns) int64, what of it is real.
         seen: columns that the base model's cache holds.
+        arranged: the routes' payload that numbers the rows as they stand; another one has to be looked at.
     """
 
     cache: Any = None
     mask: Tensor | None = None
     seen: int = 0
+    arranged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,11 @@ class SeracRoutes(Routes):
     """Routes whose payload (B,) int64 is each sample's row in the conversation."""
 
     conversation: Conversation = field(default_factory=Conversation)
+
+    @cached_property
+    def routed(self) -> Tensor:
+        """(n,) the samples that a line answers, in order; found once, since it waits for the device."""
+        return (self.index >= 0).nonzero()[:, 0]
 
 
 class SeracMemory(Memory):
@@ -260,7 +268,8 @@ class SeracMemory(Memory):
             routes: at least one sample is routed.
             tokens: not used.
         """
-        rows = (routes.index >= 0).nonzero()[:, 0].to(outputs.device)
+        assert isinstance(routes, SeracRoutes)
+        rows = routes.routed.to(outputs.device)
         inputs = inputs.to(outputs.device)
         if self.params["mix"] == "soft":
             assert routes.score is not None
@@ -485,8 +494,7 @@ class SeracSide(SideModule):
         logits = out["logits"] if isinstance(out, dict) else None
         if logits is None:
             raise UnsupportedModel("a model with a SERAC memory must be called with return_dict=True")
-        rows = (routes.index >= 0).nonzero()[:, 0]
-        theirs = self._continue(call, routes, rows.to(ids.device), keep)
+        theirs = self._continue(call, routes, routes.routed.to(ids.device), keep)
         wanted = call.noted["keep"]
         theirs = (
             theirs[:, wanted]
@@ -504,10 +512,8 @@ class SeracSide(SideModule):
         if talk.cache is None:
             ids, mask = self.memory.with_prefixes(routes.index[rows], ids, mask)
         else:
+            self._follow(talk, routes, rows, call.past)
             assert talk.mask is not None
-            assert routes.payload is not None
-            self._follow(talk, routes.payload[rows], call.past)
-            routes.payload[rows] = torch.arange(len(rows), device=routes.payload.device)
             mask = torch.cat((talk.mask, mask), 1)
         beyond = call.tokens("all", ids.device)[rows] & ~call.tokens("prompt", ids.device)[rows]
         with prompts(
@@ -516,12 +522,14 @@ class SeracSide(SideModule):
             out = self._run(ids, mask, talk.cache, keep)
         if keep:
             talk.cache, talk.mask, talk.seen = out.past_key_values, mask, call.past + call.size[1]
+            talk.arranged = routes.payload
         logits: Tensor = out.logits
         return logits[:, -call.size[1] :]
 
-    def _follow(self, talk: Conversation, slots: Tensor, past: int) -> None:
+    def _follow(self, talk: Conversation, routes: SeracRoutes, rows: Tensor, past: int) -> None:
         """Bring the conversation's rows and columns to those of the base model's cache."""
         assert talk.mask is not None
+        assert routes.payload is not None
         if past > talk.seen:
             raise FasteditError(
                 f"the KV cache holds {past} columns, of which the counterfactual model has seen {talk.seen}: begin "
@@ -530,9 +538,13 @@ class SeracSide(SideModule):
         if past < talk.seen:
             talk.mask = talk.mask[:, : talk.mask.shape[1] - (talk.seen - past)]
             talk.cache.crop(talk.mask.shape[1])
+        if routes.payload is talk.arranged:
+            return
+        slots = routes.payload[rows]
         if slots.tolist() != list(range(len(talk.mask))):
             talk.mask = talk.mask[slots]
             talk.cache = _rows(talk.cache, slots)
+        routes.payload[rows] = torch.arange(len(rows), device=routes.payload.device)
 
     def _run(self, ids: Tensor, mask: Tensor, cache: Any, keep: bool) -> Any:
         model = self.counterfactual(ids.device)

@@ -273,6 +273,18 @@ def test_beside_another_memory() -> None:
     assert [side.memory.method for side in sides_of(model)] == ["serac"]
 
 
+def test_decode_steps_do_not_look_at_the_routes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would make every token wait for the device."""
+    model, *_ = edited()
+    inputs, token = asked(), torch.ones(len(PROMPTS), 1, dtype=torch.int64)
+    mask = torch.cat((inputs["attention_mask"], token), 1)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        for name in ("tolist", "nonzero"):
+            monkeypatch.setattr(torch.Tensor, name, None)
+        model(input_ids=token, attention_mask=mask, past_key_values=cache)
+
+
 # ------------------------------------------------------------------ edits as things
 
 
