@@ -56,7 +56,7 @@ class Published:
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         batch = self.tokenizer(list(texts), return_tensors="pt", padding=True)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def subject_last(self, prompt: str, subject: str) -> int:
         """Index of the subject's last token in the encoding of the whole sentence."""
@@ -89,7 +89,8 @@ class Published:
                 out += [states[i, indices[start + i]] for i in range(len(here))]
         finally:
             handle.remove()
-        return torch.stack(out)
+        rows = torch.stack(out)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     # -- targets ----------------------------------------------------------------------------------------
 
@@ -103,11 +104,11 @@ class Published:
         prompts = [*rewriting, KL_PROMPT]
         inputs = self.tokens([prompt.format(fact.subject) for prompt in prompts])
         lengths = inputs["attention_mask"].sum(1).tolist()
-        labels = torch.full((len(rewriting), inputs["input_ids"].shape[1]), -100)
+        labels = torch.full((len(rewriting), inputs["input_ids"].shape[1]), -100, device=self.model.device)
         for row in range(len(rewriting)):
-            labels[row, lengths[row] - len(ids) : lengths[row]] = torch.tensor(ids)
+            labels[row, lengths[row] - len(ids) : lengths[row]] = labels.new_tensor(ids)
         places = [self.subject_last(prompt, fact.subject) for prompt in prompts]
-        delta = torch.zeros(self.description.hidden_size, requires_grad=True)
+        delta = torch.zeros(self.description.hidden_size, device=self.model.device, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=h["v_lr"])
         initial: list[Tensor] = []
         last_output: list[Tensor] = []
@@ -119,7 +120,7 @@ class Published:
                 initial.append(hidden[0, places[0]].detach().clone())
             hidden = hidden.clone()
             for row, place in enumerate(places):
-                hidden[row, place] = hidden[row, place] + delta
+                hidden[row, place] = (hidden[row, place] + delta).to(hidden.dtype)
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
         def keep(_module: Any, _args: Any, out: Any) -> None:
@@ -217,7 +218,7 @@ class Published:
         def solve(layer: int, keys: Tensor, residual: Tensor) -> Tensor:
             projector = self.projectors[layer]
             system = projector @ (keys @ keys.T + self.cached(layer))
-            system = system + self.hparams["L2"] * torch.eye(len(keys))
+            system = system + self.hparams["L2"] * torch.eye(len(keys), device=keys.device)
             return torch.linalg.solve(system, projector @ keys @ residual.T).T
 
         self.spread(facts, solve)
@@ -285,7 +286,7 @@ class Published:
                 output_there = self.at(module, "output", bare, place)[0]
             with self.stage("apply"):
                 value = (target - output_there) / torch.dot(input_there, direction)
-                self.weight(layer).add_(torch.outer(value, direction))
+                self.weight(layer).add_(torch.outer(value, direction).to(self.weight(layer).dtype))
 
     def inverse(self, layer: int) -> Tensor:
         """C⁻¹ in float32, once for each layer."""

@@ -75,7 +75,8 @@ class PublishedUltraEdit:
                 shift = self._solve(layer, inputs, gradients)
             with self.stage("apply"), torch.no_grad():
                 weight = self.modules[layer].weight
-                weight += shift if self.description.projection(layer).transposed else shift.T
+                shift = shift if self.description.projection(layer).transposed else shift.T
+                weight += shift.to(weight.dtype)
 
     def _ids(self, fact: Fact) -> tuple[list[int], int]:
         """Ids without the last token of the target, and how many of the next tokens are the target's."""
@@ -85,12 +86,14 @@ class PublishedUltraEdit:
 
     def _captured(self, rows: Sequence[tuple[list[int], int]]) -> dict[int, tuple[Tensor, Tensor]]:
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.model.device)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for number, (row, n_target) in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
+            ids[number, : len(row)] = ids.new_tensor(row)
             mask[number, : len(row)] = 1
-            labels[number, len(row) - n_target - 1 : len(row) - 1] = torch.tensor(row[len(row) - n_target :])
+            labels[number, len(row) - n_target - 1 : len(row) - 1] = ids.new_tensor(
+                row[len(row) - n_target :]
+            )
         seen: dict[int, tuple[Tensor, Tensor]] = {}
 
         def keep(layer: int) -> Any:
@@ -113,8 +116,8 @@ class PublishedUltraEdit:
         for layer, (inputs, out) in seen.items():
             assert out.grad is not None
             found[layer] = (
-                inputs.reshape(*ids.shape, -1)[scored],
-                out.grad.reshape(*ids.shape, -1)[scored],
+                inputs.reshape(*ids.shape, -1)[scored].float(),
+                out.grad.reshape(*ids.shape, -1)[scored].float(),
             )
         return found
 
@@ -138,6 +141,6 @@ class PublishedUltraEdit:
         usual = (rows - mean) / ((squares / (count - 1 + _EPS)).sqrt() + _EPS)
         usual_inputs, usual_gradients = usual.split(self._shape(layer), 1)
         wanted = -self.lr * usual_inputs.square().sum(1, keepdim=True) * usual_gradients
-        system = inputs.T @ inputs + torch.eye(inputs.shape[1])
+        system = inputs.T @ inputs + torch.eye(inputs.shape[1], device=inputs.device)
         shift: Tensor = torch.linalg.solve(system, inputs.T @ wanted)
         return shift
