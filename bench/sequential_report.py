@@ -127,14 +127,17 @@ def on_the_way(groups: dict[str, list[Run]]) -> list[str]:
         cells = []
         for mark in marks:
             here = [each[mark] for each in points if mark in each]
-            means = [
-                f"{100 * statistics.fmean(each[name] for each in here):.0f}" for name in WAY_SCORES if here
-            ]
-            cells.append(" / ".join(means))
+            cells.append(" / ".join(mean_of(here, name) for name in WAY_SCORES if here))
         rows.append([label, *cells])
     header = ["method", *(f"after {mark}" for mark in marks)]
     title = "## On the way: efficacy / paraphrase / locality of the facts edited so far, exact, percent"
     return [title, "", *aligned(header, rows), ""]
+
+
+def mean_of(points: list[dict[str, Any]], name: str) -> str:
+    """Mean of a score in percent; a dash if the records have nothing that it could be asked of."""
+    values = [point[name] for point in points if point.get(name) is not None]
+    return f"{100 * statistics.fmean(values):.0f}" if values else "–"
 
 
 def notes(groups: dict[str, list[Run]]) -> list[str]:
