@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from memory.toy import generate, last_logits
 from model_configs import tiny_model, tiny_tokenizer
 from tiny import FACTS, bits, same_bits
@@ -28,6 +29,7 @@ from fastedit.memory.serac import generate as one_model_each
 from fastedit.models import encode_prompt, target_ids
 
 PROMPTS = [FACTS[0].text, "The Eiffel Tower is in the city of", FACTS[1].text, "Rome", FACTS[2].text]
+UNCOMPILED = {"disable_compile": True} if hasattr(transformers.GenerationConfig(), "disable_compile") else {}
 ROUTES = [0, None, 1, None, 2]
 STRICT = {"threshold": 0.9999}  # of the base model's states: random models find everything alike
 
@@ -177,6 +179,8 @@ def test_official_profile(encoder: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_generation_of_mixed_batches(family: str, which: str, small: Path) -> None:
     model, _, _ = edited(family, counterfactual="base" if which == "base" else small)
+    if getattr(model, "_supports_cache_class", True) is False:
+        pytest.skip("this transformers hands GPT-2 tuples of keys and values, which SERAC refuses")
     inputs = asked()
     found = generate(model, inputs)
     assert routes(model) == ROUTES
@@ -193,12 +197,13 @@ def test_generation_of_mixed_batches(family: str, which: str, small: Path) -> No
         assert torch.equal(generate(base if route is None else other, given)[0], found[row])
 
 
+@pytest.mark.filterwarnings("ignore:.return_dict_in_generate. is NOT set:UserWarning")
 @pytest.mark.parametrize(
     "options",
     [
         {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "num_return_sequences": 2},
-        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static", **UNCOMPILED},
         {"return_dict_in_generate": False, "output_scores": True},
     ],
     ids=["beams", "sampling", "static", "scores"],
@@ -217,8 +222,8 @@ def test_ways_to_generate(options: dict[str, Any], small: Path) -> None:
 def test_a_cropped_cache_shortens_both(small: Path) -> None:
     model, _, _ = edited(counterfactual=small)
     inputs = asked(PROMPTS[:1])
-    plain = generate(model, inputs)
-    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), plain)
+    plain = generate(model, inputs, eos_token_id=1)
+    assert torch.equal(generate(model, inputs, eos_token_id=1, prompt_lookup_num_tokens=3), plain)
 
 
 def test_one_model_for_each_sample(small: Path) -> None:
@@ -279,7 +284,8 @@ def test_decode_steps_do_not_look_at_the_routes_again(monkeypatch: pytest.Monkey
     inputs, token = asked(), torch.ones(len(PROMPTS), 1, dtype=torch.int64)
     mask = torch.cat((inputs["attention_mask"], token), 1)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = transformers.DynamicCache()
+        model(**inputs, use_cache=True, past_key_values=cache)
         for name in ("tolist", "nonzero"):
             monkeypatch.setattr(torch.Tensor, name, None)
         model(input_ids=token, attention_mask=mask, past_key_values=cache)
