@@ -433,7 +433,7 @@ class LteLearner(Learner[Example]):
         """Write the adapter and its settings."""
         tuned = self._tuned[0]
         with explained(out), atomic_directory(out, overwrite=True) as folder:
-            tuned.save_pretrained(folder)
+            tuned.save_pretrained(folder, save_embedding_layers=False)
             self.tokenizer.save_pretrained(folder / TOKENIZER)
             content = {
                 "format": FORMAT,
